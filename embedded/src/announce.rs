@@ -9,10 +9,7 @@ use crate::network::{Network, Route};
 use crate::packet::{Packet, PacketBuffer};
 use crate::policy::{Moment, Way};
 use crate::receive_queue::Touched;
-
-/// More than the bytes of an advertisement: its headers, a prefix, an MTU, an address and three name
-/// servers.
-const ADVERTISEMENT_MAX: usize = 256;
+use crate::router::DISCOVERY_MAX;
 
 impl<B: PacketBuffer> Network<B> {
     /// Sets whether guests use the gateway as their default router of IPv6, and tells all guests if that
@@ -32,7 +29,7 @@ impl<B: PacketBuffer> Network<B> {
     /// owner with a timer can call it every 200 to 600 seconds (RFC 4861, 6.2.1). A port without a buffer misses it,
     /// which is counted. It does nothing on a network without [IPv6](crate::NetworkConfig::ipv6).
     pub fn advertise_ipv6(&self) {
-        let mut frame = [0; ADVERTISEMENT_MAX];
+        let mut frame = [0; DISCOVERY_MAX];
         let written = self.gateway().and_then(|gateway| gateway.router_advertisement(&mut frame));
         let Some(len) = written else { return };
         for index in 0..MAX_PORTS {

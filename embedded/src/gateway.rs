@@ -77,6 +77,7 @@ use crate::frame::{self, HeaderError};
 use crate::limits::{
     DHCP_MESSAGES_AT_ONCE, DHCP_MESSAGES_PER_SECOND, ICMP_ERRORS_AT_ONCE, ICMP_ERRORS_PER_SECOND,
 };
+pub(crate) use dhcpv6::SERVER_PORT as DHCPV6_SERVER_PORT;
 use refusal::{IP_HEADER_LEN, IcmpError, Limiter, RESET_LEN, emit_ip, write_reset};
 use v6::Ipv6;
 

@@ -152,7 +152,7 @@ use crate::packet::PacketBuffer;
 use crate::policy::{Moment, PortLimits, PortPolicy, PortRole, SourceRule};
 use crate::port_state::PortState;
 use crate::receive_queue::{QueueEnd, ReceiveQueue, Shape};
-use crate::router::{Outbox, Router, RouterSide};
+use crate::router::{NewPort, Outbox, Router, RouterSide};
 use crate::stats::{DropReason, PortStats};
 use crate::table::{Learned, Located, Mac, MacTable, PortRef, mix};
 
@@ -770,7 +770,8 @@ impl<B: PacketBuffer> Network<B> {
         // The lock keeps this in order with other ports that have the place.
         let outbox = self.router.as_ref().map(|router| {
             let state = Arc::clone(state);
-            router.port_joined(index as u32, generation, mac, state, (shape, longest))
+            let end = NewPort { number: index as u32, generation, mac, is_uplink: uplink, state };
+            router.port_joined(end, (shape, longest))
         });
         drop(members);
         tracing::debug!(%mac, index, isolated, uplink, "port joined");

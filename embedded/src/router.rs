@@ -19,6 +19,8 @@
 //!
 //! The first frame for another network starts the router, on the thread of its sender.
 //!
+//! Over IPv6, packets from and to link-local addresses stay with the gateway, and so do those to groups.
+//!
 //! # Towards guests
 //!
 //! [`RouterEnd::send`] copies a frame straight into a buffer that a port's guest has posted, with an
@@ -32,7 +34,7 @@
 
 use core::any::Any;
 use core::fmt;
-use core::net::Ipv4Addr;
+use core::net::{Ipv4Addr, Ipv6Addr};
 use core::time::Duration;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -45,10 +47,11 @@ use vmring_core::view::ETHERNET_HEADER_LEN;
 
 use crate::clock::Clock;
 use crate::frame;
-use crate::gateway::Gateway;
+use crate::gateway::{DHCPV6_SERVER_PORT, Gateway};
 use crate::inbox::{Collected, Collector, Delivery, Inbox, PortWake, Refused};
 use crate::limits::{
-    LARGE_PACKET, MAX_PORTS, QUEUES_MAX, ROUTER_BATCH, ROUTER_FRAMES, ROUTER_OVERFLOW, VLAN_TAG_LEN,
+    IPV6_EXTENSION_HEADERS, LARGE_PACKET, MAX_PORTS, QUEUES_MAX, ROUTER_BATCH, ROUTER_FRAMES,
+    ROUTER_OVERFLOW, VLAN_TAG_LEN,
 };
 use crate::packet::{Packet, PacketBuffer};
 use crate::policy::{Moment, Way};
@@ -57,6 +60,9 @@ use crate::receive_queue::{Shape, Touched};
 use crate::software::Left;
 use crate::work::Work;
 
+/// More than the bytes of a message of neighbour discovery of the gateway: its headers, a prefix, an MTU, an
+/// address and three name servers.
+pub(crate) const DISCOVERY_MAX: usize = 256;
 /// The 64-bit words of a set of ports.
 const WORDS: usize = MAX_PORTS / 64;
 
@@ -132,12 +138,24 @@ impl Outbox {
     }
 }
 
+/// A port that joins.
+pub(crate) struct NewPort<B> {
+    pub(crate) number: u32,
+    /// The generation of the port's state in which the port is there.
+    pub(crate) generation: u32,
+    pub(crate) mac: MacAddr6,
+    pub(crate) is_uplink: bool,
+    pub(crate) state: std::sync::Arc<PortState<B>>,
+}
+
 /// What the router has of a port.
 pub(crate) struct PortEnd<B> {
     pub(crate) number: u32,
     /// The generation of the port's state in which the port is there.
     pub(crate) generation: u32,
     pub(crate) mac: MacAddr6,
+    /// Behind the uplink are stations of another network, which have routers of their own.
+    is_uplink: bool,
     pub(crate) state: std::sync::Arc<PortState<B>>,
     /// What a receiver is like that accepts all offloads of the port.
     pub(crate) shape: Shape,
@@ -247,6 +265,9 @@ impl<B> RouterSide<B> {
         }
         let head = packet.head();
         let Ok((header, ip)) = frame::split(head) else { return false };
+        if header.ethertype == EthernetProtocol::Ipv6 {
+            return self.takes_v6(packet, head.len() - ip.len(), ports_of_gateway);
+        }
         if header.ethertype != EthernetProtocol::Ipv4 {
             return false;
         }
@@ -270,11 +291,61 @@ impl<B> RouterSide<B> {
         if packet.copy_to(ports_at + 2, &mut port) < port.len() {
             return false;
         }
-        let port = u16::from_be_bytes(port);
-        let is_dhcp = protocol == u8::from(IpProtocol::Udp) && port == DHCP_SERVER_PORT;
-        // Relaxed: as above.
-        let all = self.shared.all_of_gateway.load(Ordering::Relaxed);
-        !is_dhcp && (all || ports_of_gateway.contains(&(protocol, port)))
+        let port = (protocol, u16::from_be_bytes(port));
+        port != (u8::from(IpProtocol::Udp), DHCP_SERVER_PORT)
+            && self.takes_port(port, ports_of_gateway)
+    }
+
+    /// [`takes`](Self::takes) for a packet of IPv6, whose header begins at byte `at`.
+    fn takes_v6(&self, packet: &Packet<'_>, at: usize, ports_of_gateway: &[(u8, u16)]) -> bool {
+        let Some(config) = self.gateway.ipv6() else { return false };
+        // The first bytes do not show all of the addresses (RFC 8200, 3).
+        let mut header = [0; 40];
+        if packet.copy_to(at, &mut header) < header.len() || header[0] >> 4 != 6 {
+            return false;
+        }
+        let address = |at: usize| {
+            let bytes = header[at..].first_chunk::<16>();
+            bytes.map_or(Ipv6Addr::UNSPECIFIED, |bytes| Ipv6Addr::from(*bytes))
+        };
+        let (from, to) = (address(8), address(24));
+        // No router forwards these (RFC 4291, 2.5.2 and 2.5.6). The gateway says so.
+        if from.is_unspecified()
+            || from.is_unicast_link_local()
+            || to.is_unicast_link_local()
+            || to.is_multicast()
+        {
+            return false;
+        }
+        if to != config.gateway() {
+            return !config.contains(to);
+        }
+        let (mut protocol, mut at) = (header[6], at + header.len());
+        for _ in 0..IPV6_EXTENSION_HEADERS {
+            let mut bytes = [0; 4];
+            if packet.copy_to(at, &mut bytes) < bytes.len() {
+                return false;
+            }
+            let [next, units, high, low] = bytes;
+            match IpProtocol::from(protocol) {
+                IpProtocol::HopByHop | IpProtocol::Ipv6Opts => {
+                    (protocol, at) = (next, at + (usize::from(units) + 1) * 8);
+                }
+                IpProtocol::Tcp | IpProtocol::Udp => {
+                    let port = (protocol, u16::from_be_bytes([high, low]));
+                    return port != (u8::from(IpProtocol::Udp), DHCPV6_SERVER_PORT)
+                        && self.takes_port(port, ports_of_gateway);
+                }
+                _ => return false,
+            }
+        }
+        false
+    }
+
+    /// Whether a port of TCP or UDP at the gateway's address is the router's.
+    fn takes_port(&self, port: (u8, u16), ports_of_gateway: &[(u8, u16)]) -> bool {
+        // Relaxed: it decides nothing about memory.
+        self.shared.all_of_gateway.load(Ordering::Relaxed) || ports_of_gateway.contains(&port)
     }
 
     /// Says that a port has left. Nobody sends for it any more.
@@ -294,19 +365,13 @@ impl<B> RouterSide<B> {
 
 impl<B: PacketBuffer> RouterSide<B> {
     /// Makes an outbox for a port that joins, and tells the router of the port.
-    pub(crate) fn port_joined(
-        &self,
-        number: u32,
-        generation: u32,
-        mac: MacAddr6,
-        state: std::sync::Arc<PortState<B>>,
-        (shape, longest): (Shape, usize),
-    ) -> Outbox {
+    pub(crate) fn port_joined(&self, port: NewPort<B>, (shape, longest): (Shape, usize)) -> Outbox {
         let inbox = Arc::new(Inbox::with_headers(ROUTER_FRAMES, ROUTER_OVERFLOW, longest));
         let nobody: PortWake = std::sync::Arc::new(|| ());
         let outbox = Inbox::open(&inbox, nobody).expect("a new inbox has no collector");
         let has_buffers = false;
-        let end = PortEnd { number, generation, mac, state, shape, outbox, has_buffers };
+        let NewPort { number, generation, mac, is_uplink, state } = port;
+        let end = PortEnd { number, generation, mac, is_uplink, state, shape, outbox, has_buffers };
         self.shared.tell(Event::Joined(end));
         Outbox(inbox)
     }
@@ -640,6 +705,47 @@ impl<B: PacketBuffer> RouterEnd<B> {
             }
         });
         finished.map_err(|_| PortFull).and(delivered)
+    }
+
+    /// Sets whether guests use the gateway as their default router of IPv6, and tells all guests if that has
+    /// changed, as [`Network::set_ipv6_router`](crate::Network::set_ipv6_router) does. Returns whether it
+    /// has. They are told with the next [`flush`](Self::flush).
+    pub fn set_ipv6_router(&mut self, is_router: bool) -> bool {
+        // A network that has no router for guests leads nowhere.
+        let leads = self.gateway.dhcp().config().router.is_some();
+        let has_changed = self.gateway.set_ipv6_router(is_router && leads);
+        if has_changed {
+            self.advertise_ipv6();
+        }
+        has_changed
+    }
+
+    /// Sends a router advertisement to each port but the uplink. A port that takes no frame now misses it,
+    /// so a change is worth being told again (RFC 4861, 6.2.4). It does nothing on a network without
+    /// [IPv6](crate::NetworkConfig::ipv6).
+    pub fn advertise_ipv6(&mut self) {
+        let gateway = std::sync::Arc::clone(&self.gateway);
+        self.send_to_all(|out| gateway.router_advertisement(out));
+    }
+
+    /// Asks the stations behind each port but the uplink who uses an address of IPv6. The answer is among
+    /// the gateway's [neighbours](Gateway::neighbors) some time later.
+    pub fn solicit_ipv6(&mut self, address: Ipv6Addr) {
+        let gateway = std::sync::Arc::clone(&self.gateway);
+        self.send_to_all(|out| gateway.neighbor_solicitation(address, out));
+    }
+
+    /// Sends what `write` writes to each port but the uplink.
+    fn send_to_all(&mut self, write: impl FnOnce(&mut [u8]) -> Option<usize>) {
+        let mut frame = [0; DISCOVERY_MAX];
+        let Some(len) = write(&mut frame) else { return };
+        for index in 0..self.ports.len() {
+            let Some(port) = self.ports[index].as_ref().filter(|port| !port.is_uplink) else {
+                continue;
+            };
+            // A port that takes none misses it.
+            let _ = self.send(port.number, &frame[..len], &OffloadHeader::NONE);
+        }
     }
 
     /// Wakes every receiver that sleeps and got a frame since the last flush, each once.

@@ -4,7 +4,7 @@
 
 mod common;
 
-use core::net::Ipv4Addr;
+use core::net::{Ipv4Addr, Ipv6Addr};
 use core::num::NonZeroU64;
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::any::Any;
@@ -13,11 +13,12 @@ use std::sync::{Arc, Mutex};
 
 use common::*;
 use macaddr::MacAddr6;
+use smoltcp::wire::EthernetProtocol;
 use vmring_core::offload::{Checksum, Gso, OffloadHeader, Offloads};
 use vmring_embedded::software::{Merging, Segments};
 use vmring_embedded::{
-    Network, NetworkConfig, Packet, PortConfig, PortLimits, PortPolicy, Rate, RateLimit, Router,
-    RouterBatch, RouterEnd,
+    Ipv6Config, Network, NetworkConfig, Packet, PortConfig, PortLimits, PortPolicy, Rate,
+    RateLimit, Router, RouterBatch, RouterEnd,
 };
 
 thread_local! {
@@ -75,17 +76,25 @@ impl Router<Buffer> for Kept {
 /// Neither does a frame for the network's router, whether it is taken or not, nor what the router sends.
 #[test]
 fn what_goes_to_the_router_and_back_allocates_nothing() {
-    let config = NetworkConfig { router: Some(Vec::new()), ..NetworkConfig::default() };
+    let addresses = (Ipv4Addr::new(192, 168, 64, 9), Ipv4Addr::new(198, 51, 100, 7));
+    let packet = udp((addresses.0, 4000), (addresses.1, 53), &[1; 1000]);
+    route(EthernetProtocol::Ipv4, &packet);
+    // The header of RFC 8200, 3, with the version, 1,000 bytes and UDP.
+    let addresses = ["fd00::9", "2001:db8::7"].map(|ip| ip.parse::<Ipv6Addr>().unwrap().octets());
+    let packet = [&[0x60, 0, 0, 0, 3, 0xe8, 17, 64][..], &addresses.concat(), &[1; 1000]].concat();
+    route(EthernetProtocol::Ipv6, &packet);
+}
+
+fn route(ethertype: EthernetProtocol, packet: &[u8]) {
+    let ipv6 = Some(Ipv6Config::new("fd00::".parse().unwrap()));
+    let config = NetworkConfig { router: Some(Vec::new()), ipv6, ..NetworkConfig::default() };
     let network = Network::new(config).unwrap();
     let router: Arc<Kept> = Arc::default();
     network.set_router(router.clone()).unwrap();
     let gateway = network.gateway().unwrap().mac();
     let mut alice = Guest::join(&network, 1);
-    let addresses = (Ipv4Addr::new(192, 168, 64, 9), Ipv4Addr::new(198, 51, 100, 7));
-    let packet = udp((addresses.0, 4000), (addresses.1, 53), &[1; 1000]);
-    let ethertype = smoltcp::wire::EthernetProtocol::Ipv4;
-    let question = ethernet(eth(gateway), eth(alice.mac), ethertype, &packet);
-    let answer = ethernet(eth(alice.mac), eth(gateway), ethertype, &packet);
+    let question = ethernet(eth(gateway), eth(alice.mac), ethertype, packet);
+    let answer = ethernet(eth(alice.mac), eth(gateway), ethertype, packet);
     alice.ask(&question);
     let mut end = router.0.lock().unwrap().take().unwrap();
     let mut batch = RouterBatch::new();

@@ -4,7 +4,7 @@
 mod common;
 
 use core::any::Any;
-use core::net::Ipv4Addr;
+use core::net::{Ipv4Addr, Ipv6Addr};
 use std::io;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -16,8 +16,8 @@ use vmring_core::offload::{Checksum, Gso, OffloadHeader, Offloads};
 use vmring_embedded::dhcp::AddressHolder;
 use vmring_embedded::limits::{ROUTER_BATCH, ROUTER_FRAMES, ROUTER_OVERFLOW};
 use vmring_embedded::{
-    Accepted, DropReason, Network, NetworkConfig, PortConfig, PortFull, Registry, Router,
-    RouterBatch, RouterEnd, Sent,
+    Accepted, DropReason, Ipv6Config, Network, NetworkConfig, PortConfig, PortFull, Registry,
+    Router, RouterBatch, RouterEnd, Sent,
 };
 
 const OUTSIDE: Ipv4Addr = Ipv4Addr::new(198, 51, 100, 7);
@@ -167,6 +167,196 @@ fn only_what_is_for_other_networks_goes_to_the_router() {
         alice.ask(&frame);
         assert_eq!(router.receive().len(), is_routed);
     }
+}
+
+const PREFIX: Ipv6Addr = Ipv6Addr::new(0xfd12, 0x3456, 0, 1, 0, 0, 0, 0);
+
+fn network_v6() -> (Arc<Network<Buffer>>, Arc<Kept>, MacAddr6) {
+    let ipv6 = Some(Ipv6Config::new(PREFIX));
+    let config = NetworkConfig { router: Some(Vec::new()), ipv6, ..NetworkConfig::default() };
+    let network = Network::new(config).unwrap();
+    let router: Arc<Kept> = Arc::default();
+    network.set_router(router.clone()).unwrap();
+    let gateway = network.gateway().unwrap().mac();
+    (network, router, gateway)
+}
+
+/// A packet of IPv6 in a frame for one station.
+fn frame_v6(macs: (MacAddr6, MacAddr6), ips: (&str, &str), next: u8, rest: &[u8]) -> Vec<u8> {
+    let address = |text: &str| text.parse::<Ipv6Addr>().unwrap().octets();
+    let mut packet = vec![0x60, 0, 0, 0];
+    packet.extend((rest.len() as u16).to_be_bytes());
+    packet.extend([next, 255]);
+    packet.extend(address(ips.0));
+    packet.extend(address(ips.1));
+    packet.extend(rest);
+    ethernet(eth(macs.1), eth(macs.0), EthernetProtocol::Ipv6, &packet)
+}
+
+/// Goal: over IPv6, what is for other networks goes to the router, and what is for the gateway, for a
+/// guest, for a group, or from or to an address of the link does not.
+#[test]
+fn only_what_is_for_other_networks_goes_to_the_router_over_ipv6() {
+    const TCP: u8 = 6;
+    const UDP: u8 = 17;
+    let (network, router, gateway) = network_v6();
+    let link_local = network.gateway().unwrap().link_local().unwrap().to_string();
+    let mut alice = Guest::join(&network, 1);
+    let mac = alice.mac;
+    let (own, first) = ("fd12:3456:0:1::a", "fd12:3456:0:1::1");
+    let ip =
+        |from: &str, to: &str, next, rest: &[u8]| frame_v6((mac, gateway), (from, to), next, rest);
+    let ports = |to: u16| [&[0x0f, 0xa0][..], &to.to_be_bytes(), &[0; 20]].concat();
+    let behind = |next: u8, rest: &[u8]| [&[next, 0, 1, 4, 0, 0, 0, 0], rest].concat();
+    let mut tagged = ip(own, "2001:db8::1", TCP, &ports(80));
+    tagged.splice(12..12, [0x81, 0, 0x20, 0]);
+    let mut version = ip(own, "2001:db8::1", TCP, &ports(80));
+    version[14] = 0x40;
+    let routed = [
+        ("TCP", ip(own, "2001:db8::1", TCP, &ports(80))),
+        ("a neighbour network", ip(own, "fd12:3456:0:2::1", UDP, &ports(80))),
+        ("any protocol", ip(own, "2001:db8::1", 132, &[0; 12])),
+        ("no payload", ip(own, "2001:db8::1", 59, &[])),
+        ("an echo request", ip(own, "2001:db8::1", 58, &[128, 0, 0, 0, 0, 1, 0, 1])),
+        ("to loopback, which is denied there", ip(own, "::1", TCP, &ports(80))),
+        (
+            "from another network, which is refused there",
+            ip("2001:db8::9", "2001:db8::1", TCP, &[]),
+        ),
+        ("with a priority tag", tagged),
+        ("a port of the gateway", ip(own, first, TCP, &ports(8080))),
+        ("another one", ip(own, first, UDP, &ports(53))),
+        ("behind options", ip(own, first, 0, &behind(60, &behind(TCP, &ports(8080))))),
+    ];
+    let not_routed = [
+        ("the gateway's port", ip(own, first, TCP, &ports(8081))),
+        ("another protocol's port", ip(own, first, UDP, &ports(8080))),
+        ("a fragment to the gateway", ip(own, first, 44, &behind(TCP, &ports(8080)))),
+        ("an echo request to the gateway", ip(own, first, 58, &[128, 0, 0, 0, 0, 1, 0, 1])),
+        ("endless options", ip(own, first, 0, &behind(0, &behind(0, &[])).repeat(40))),
+        ("to the link-local address", ip(own, &link_local, UDP, &ports(53))),
+        ("from a link-local address", ip("fe80::a", "2001:db8::1", TCP, &ports(80))),
+        ("from one to the gateway", ip("fe80::a", first, UDP, &ports(53))),
+        ("from nobody", ip("::", "2001:db8::1", TCP, &ports(80))),
+        ("to another link", ip(own, "fe80::b", TCP, &ports(80))),
+        ("to another guest", ip(own, "fd12:3456:0:1::b", TCP, &ports(80))),
+        ("to the network", ip(own, "fd12:3456:0:1::", TCP, &ports(80))),
+        ("to a group", ip(own, "ff0e::1", UDP, &ports(80))),
+        ("of another version", version),
+        ("cut short", ip(own, "2001:db8::1", TCP, &ports(80))[..50].to_vec()),
+        ("cut in front of its ports", ip(own, first, TCP, &ports(8080)[..2])),
+    ];
+    for (what, frame) in not_routed {
+        alice.ask(&frame);
+        assert_eq!(alice.sender.stats().sent_to_router, 0, "{what}");
+    }
+    assert_eq!(router.starts.load(Ordering::SeqCst), 0, "nothing was for the router");
+    for (number, (what, frame)) in routed.iter().enumerate() {
+        assert_eq!(alice.sender.send(frame), Sent::Gateway, "{what}");
+        alice.sender.flush();
+        assert_eq!(alice.sender.stats().sent_to_router, number as u64 + 1, "{what}");
+        assert_eq!(router.receive(), [(0, frame.clone())], "{what}");
+    }
+    router.with(|end| end.set_all_of_gateway(true));
+    for (port, is_routed) in [((TCP, 8081), 1), ((UDP, 547), 0), ((TCP, 547), 1)] {
+        alice.ask(&ip(own, first, port.0, &ports(port.1)));
+        assert_eq!(router.receive().len(), is_routed, "{port:?}");
+    }
+    // A network without IPv6 has nobody for it.
+    let (network, router, gateway) = self::network();
+    let mut bob = Guest::join(&network, 1);
+    bob.ask(&frame_v6((bob.mac, gateway), (own, "2001:db8::1"), TCP, &ports(80)));
+    assert_eq!(bob.sender.stats().sent_to_router, 0);
+    assert_eq!(router.starts.load(Ordering::SeqCst), 0);
+}
+
+/// Goal: the router makes the gateway a router of IPv6, and each guest hears of it, but nobody behind the
+/// uplink. It finds a silent guest by a question, which each guest hears too.
+#[test]
+fn the_router_speaks_to_all_guests_over_ipv6() {
+    let (network, router, gateway) = network_v6();
+    let (mut alice, mut bob) = (Guest::join(&network, 1), Guest::isolated(&network, 2));
+    let mut uplink = Guest::with(&network, PortConfig { uplink: true, ..config(3) });
+    network.start_router().unwrap();
+    assert_eq!(router.receive(), []);
+    let lifetime = |frames: Vec<Vec<u8>>| {
+        let is_advertisement = |frame: &&Vec<u8>| frame[12..14] == [0x86, 0xdd] && frame[54] == 134;
+        let found: Vec<_> = frames.iter().filter(is_advertisement).map(|f| f[60] > 0).collect();
+        (found, frames.len())
+    };
+    for is_router in [true, false] {
+        assert!(router.with(|end| end.set_ipv6_router(is_router)), "it has changed");
+        assert!(router.with(|end| !end.set_ipv6_router(is_router)), "it has not changed");
+        router.with(RouterEnd::flush);
+        for guest in [&mut alice, &mut bob] {
+            assert_eq!(lifetime(guest.receive()), (vec![is_router], 1));
+        }
+    }
+    router.with(|end| {
+        end.advertise_ipv6();
+        end.flush();
+    });
+    assert_eq!(lifetime(alice.receive()), (vec![false], 1));
+    assert_eq!(lifetime(bob.receive()), (vec![false], 1));
+    let silent: Ipv6Addr = "fd12:3456:0:1::b0b".parse().unwrap();
+    router.with(|end| {
+        end.solicit_ipv6(silent);
+        end.flush();
+    });
+    for guest in [&mut alice, &mut bob] {
+        let question = guest.receive().pop().expect("a question");
+        // It is for the solicited-node group, and a neighbour solicitation of the gateway's.
+        assert_eq!(question[..6], [0x33, 0x33, 0xff, 0, 0x0b, 0x0b]);
+        assert_eq!((question[21], question[54]), (255, 135));
+        assert_eq!(question[62..78], silent.octets());
+        assert_eq!(question[78..86], [&[1, 1][..], gateway.as_bytes()].concat());
+    }
+    assert!(uplink.receive().is_empty());
+}
+
+/// Goal: the router learns which guest uses an address from what the guest says to its neighbours, also
+/// what it says of itself only, and hears nothing of a guest that has left.
+#[test]
+fn the_gateway_knows_who_uses_an_address_of_ipv6() {
+    let (network, _, gateway_mac) = network_v6();
+    let gateway = network.gateway().unwrap();
+    let (mut alice, mut bob) = (Guest::join(&network, 1), Guest::join(&network, 2));
+    let own = |last: u16| Ipv6Addr::new(0xfd12, 0x3456, 0, 1, 0, 0, 0, last);
+    // A solicitation for the gateway's address, and an advertisement.
+    let say = |guest: &mut Guest, from: Ipv6Addr, kind: u8, target: Ipv6Addr| {
+        let to = own(1);
+        let mut message = [&[kind, 0, 0, 0, 0, 0, 0, 0][..], &target.octets()].concat();
+        smoltcp::wire::Icmpv6Packet::new_unchecked(&mut message[..]).fill_checksum(&from, &to);
+        let ips = (&*from.to_string(), &*to.to_string());
+        guest.ask(&frame_v6((guest.mac, gateway_mac), ips, 58, &message));
+    };
+    assert_eq!((gateway.neighbor_changes(), gateway.neighbors(0)), (0, vec![]));
+    say(&mut alice, own(0xa), 135, own(1));
+    let change = gateway.neighbor_changes();
+    let of = |guest: &Guest, address, port| vmring_embedded::gateway::Neighbor {
+        address,
+        mac: guest.mac,
+        port,
+    };
+    assert_eq!(gateway.neighbors(0), [of(&alice, own(0xa), 0)]);
+    say(&mut bob, "fe80::b".parse().unwrap(), 136, own(0xb));
+    assert_eq!(gateway.neighbors(change), [of(&bob, own(0xb), 1)]);
+    // None of these is a guest's address of the prefix.
+    let change = gateway.neighbor_changes();
+    for (from, kind, target) in [
+        ("fe80::a", 135, own(1)),
+        ("fd12:3456:0:1::a", 136, own(1)),
+        ("fd12:3456:0:1::a", 136, own(0)),
+        ("fd12:3456:0:1::a", 136, "2001:db8::1".parse().unwrap()),
+        ("fd12:3456:0:1::1", 135, own(1)),
+        ("::", 135, own(0xd)),
+    ] {
+        say(&mut alice, from.parse().unwrap(), kind, target);
+    }
+    assert_eq!(gateway.neighbors(change), []);
+    let mac = bob.mac;
+    drop(bob);
+    assert_eq!(gateway.neighbors(0), [of(&alice, own(0xa), 0)], "{mac} has left");
 }
 
 /// Goal: a port that floods fills only its own outbox; what it loses is counted, and ports have equal

@@ -6,7 +6,7 @@
 use core::net::Ipv6Addr;
 
 /// The port of servers (RFC 8415, 7.2).
-pub(super) const SERVER_PORT: u16 = 547;
+pub(crate) const SERVER_PORT: u16 = 547;
 /// The port of clients (RFC 8415, 7.2).
 pub(super) const CLIENT_PORT: u16 = 546;
 /// The length of a server's DUID that is made of its MAC address, in bytes (RFC 8415, 11.4).
