@@ -34,11 +34,15 @@
 //! - A message whose `chaddr` is not its Ethernet source is served: test tools and clients behind
 //!   other agents send such messages. Nobody can release, decline or change what a client got
 //!   itself, except the client.
+//! - A client that names itself (option 12) is known by that name as long as it has the lease
+//!   ([`DhcpServer::host_names`]). Only the client itself sets it, and what is no host name is counted and
+//!   ignored.
 //! - A relay agent on the server's subnet is served. The messages of others are counted and not
 //!   answered, because the server has no addresses for the clients behind them.
 
 mod config;
 mod file;
+mod host_name;
 mod message;
 mod table;
 
@@ -59,6 +63,7 @@ use vmring_core::sync::{AtomicU64, Ordering};
 pub use crate::frame::Answer;
 pub use config::{AddressHolder, DhcpConfig, DhcpLease, DhcpStats, ReserveError};
 pub use file::{LeaseFile, LeaseFileError};
+pub use host_name::HostName;
 
 use crate::frame;
 use crate::limits::{DECLINE_TIME, MIN_FRAME_LEN, OFFER_TIME, PROBE_TIME};
@@ -269,8 +274,21 @@ impl DhcpServer {
         leases.chain(used).collect()
     }
 
-    /// Returns a number that is another one when [`holders`](Self::holders) may say something else than
-    /// before, apart from what ends with time. It takes no lock.
+    /// Returns what clients whose leases are running at `now` call themselves, sorted by address.
+    pub fn host_names(&self, now: Duration) -> Vec<HostName> {
+        let table = &self.lock().table;
+        let running = table.host_names().filter(|(_, entry, _)| entry.is_running(now));
+        let name = |(address, entry, name): (u32, &LeaseEntry, &str)| HostName {
+            address: address.into(),
+            mac: entry.mac.into(),
+            port: entry.port,
+            name: name.into(),
+        };
+        running.map(name).collect()
+    }
+
+    /// Returns a number that is another one when [`holders`](Self::holders) or
+    /// [`host_names`](Self::host_names) may say something else than before, apart from what ends with time. It takes no lock.
     pub fn changes(&self) -> u64 {
         // Relaxed: whoever sees a new number looks under the lock.
         self.changes.load(Ordering::Relaxed)
@@ -638,6 +656,13 @@ impl DhcpServer {
             false => known.and_then(|(_, entry)| entry.port),
         };
         table.insert(address, LeaseEntry { mac, state, free_at, via, probed: None, port });
+        // Nobody names another.
+        if let Some(name) = message.host_name.filter(|_| message.is_own()) {
+            match host_name::label(name) {
+                Some(label) => table.set_host_name(address, mac, label),
+                None => stats.bad_names += 1,
+            }
+        }
         self.note(address, mac, lease_time);
         Reply::Ack(wanted).into()
     }

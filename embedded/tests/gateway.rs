@@ -520,6 +520,53 @@ fn no_client_gives_up_what_another_has() {
     assert_eq!(dhcp(&gateway, &renew, NOW).unwrap().kind, DhcpMessageType::Ack);
 }
 
+/// Goal: a client is known by the name that it calls itself as long as it has its lease, and by none that is
+/// no host name; nobody else names it, and nobody gets its name with its address.
+#[test]
+fn a_client_has_the_name_that_it_calls_itself() {
+    let gateway = gateway();
+    let address = lease(&gateway, ALICE, NOW).unwrap();
+    let names = |now| {
+        let names = gateway.dhcp().host_names(now);
+        names.into_iter().map(|host| (host.address, host.mac, host.name.into_string())).collect()
+    };
+    let none: [(Ipv4Addr, MacAddr6, String); 0] = [];
+    let of_alice = |name: &str| [(address, ALICE, name.to_owned())];
+    let renew = |name| Dhcp { name, ..Dhcp::new(DhcpMessageType::Request, ALICE).from(address) };
+    let check = |name, expected: &[(Ipv4Addr, MacAddr6, String)]| {
+        dhcp(&gateway, &renew(name), NOW).expect("an answer");
+        let names: Vec<_> = names(NOW);
+        assert_eq!(names, expected);
+    };
+    check(b"", &none);
+    let before = gateway.dhcp().changes();
+    check(b"Web-1.example.com", &of_alice("web-1"));
+    assert_ne!(gateway.dhcp().changes(), before);
+    // What is no name, or no word of it, changes nothing.
+    for (bad, name) in [&b"a b"[..], b"-a", b"a_b", b"../etc", b"\xff", &[b'a'; 64]].iter().zip(1..)
+    {
+        check(bad, &of_alice("web-1"));
+        assert_eq!(gateway.dhcp().stats().bad_names, name);
+    }
+    check(b"", &of_alice("web-1"));
+    check(b"db", &of_alice("db"));
+    let mut of_another = renew(b"stolen").frame();
+    of_another[6..12].copy_from_slice(BOB.as_bytes());
+    ask(&gateway, &of_another, NOW).expect("an answer");
+    assert_eq!(names(NOW), of_alice("db"));
+    let later = NOW + Duration::from_secs(HOUR);
+    assert_eq!(names(later), none, "the lease has ended");
+    dhcp(&gateway, &renew(b""), NOW).expect("an answer");
+    ask(&gateway, &Dhcp::new(DhcpMessageType::Release, ALICE).from(address).frame(), NOW);
+    assert_eq!(names(NOW), none, "she has given it back");
+    // Bob gets her address.
+    let wants = Dhcp::discover(BOB).requested(address);
+    assert_eq!(offer(&gateway, &wants, NOW), Some(address));
+    let select = Dhcp::select(BOB, address, SHARED);
+    let ack = dhcp(&gateway, &select, NOW + PROBE_TIME).unwrap();
+    assert_eq!((ack.kind, names(NOW + PROBE_TIME)), (DhcpMessageType::Ack, vec![]));
+}
+
 /// Test tools and clients behind other agents send messages for a client in frames of their own.
 #[test]
 fn a_message_for_a_client_in_anothers_frame_is_served() {

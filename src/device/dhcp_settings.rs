@@ -50,7 +50,7 @@ impl DhcpSettings {
 }
 
 /// The counters of a DHCP server, by name.
-pub(crate) fn dhcp_counters(stats: &DhcpStats) -> [(&'static str, u64); 14] {
+pub(crate) fn dhcp_counters(stats: &DhcpStats) -> [(&'static str, u64); 15] {
     [
         ("DHCP offers", stats.offers),
         ("DHCP acknowledgements", stats.acks),
@@ -65,6 +65,7 @@ pub(crate) fn dhcp_counters(stats: &DhcpStats) -> [(&'static str, u64); 14] {
         ("DHCP without a lease", stats.no_lease),
         ("DHCP malformed", stats.malformed),
         ("DHCP without space", stats.unsent),
+        ("DHCP bad names", stats.bad_names),
         ("DHCP conflicts", stats.conflicts),
     ]
 }

@@ -129,6 +129,9 @@ pub struct DhcpStats {
     pub malformed: u64,
     /// Replies for which the caller's buffer was too short.
     pub unsent: u64,
+    /// Requests that were granted to a client which calls itself by what is no host name. They are counted
+    /// in `acks` too.
+    pub bad_names: u64,
     /// How often a station claimed an address by ARP that another client had or was being offered.
     /// This counts no message of DHCP.
     pub conflicts: u64,

@@ -28,6 +28,7 @@ mod code {
     pub(super) const SUBNET_MASK: u8 = 1;
     pub(super) const ROUTER: u8 = 3;
     pub(super) const NAME_SERVERS: u8 = 6;
+    pub(super) const HOST_NAME: u8 = 12;
     pub(super) const INTERFACE_MTU: u8 = 26;
     pub(super) const BROADCAST_ADDRESS: u8 = 28;
     pub(super) const REQUESTED_IP: u8 = 50;
@@ -60,6 +61,8 @@ pub(super) struct Message<'a> {
     pub(super) server: Option<Ipv4Addr>,
     broadcast: bool,
     client_id: Option<&'a [u8]>,
+    /// What the client calls itself.
+    pub(super) host_name: Option<&'a [u8]>,
     relay_agent: Option<&'a [u8]>,
     request_list: &'a [u8],
     max_size: u16,
@@ -108,6 +111,7 @@ impl<'a> Message<'a> {
             server: None,
             broadcast: packet.flags().contains(DhcpFlags::BROADCAST),
             client_id: None,
+            host_name: None,
             relay_agent: None,
             request_list: &[],
             max_size: MIN_MAX_SIZE,
@@ -134,6 +138,7 @@ impl<'a> Message<'a> {
                 (code::REQUESTED_IP, _) => self.requested = address().or(self.requested),
                 (code::SERVER_ID, _) => self.server = address().or(self.server),
                 (code::CLIENT_ID, _) => self.client_id = Some(data),
+                (code::HOST_NAME, _) => self.host_name = Some(data),
                 (code::RELAY_AGENT, _) => self.relay_agent = Some(data),
                 (code::REQUEST_LIST, _) => self.request_list = data,
                 (code::MAX_SIZE, &[high, low]) => {

@@ -172,6 +172,8 @@ pub(super) struct LeaseTable {
     /// The reserved addresses by client, and their clients by address.
     reservations: BTreeMap<Mac, u32>,
     reserved: BTreeMap<u32, Mac>,
+    /// What the client of an address calls itself. Whoever has the address later does not have the name.
+    host_names: BTreeMap<u32, (Mac, Box<str>)>,
     claims: Claims,
     /// What is known of addresses that the server does not give out.
     beyond: Claims,
@@ -195,6 +197,7 @@ impl LeaseTable {
             queue: BTreeSet::new(),
             reservations: BTreeMap::new(),
             reserved: BTreeMap::new(),
+            host_names: BTreeMap::new(),
             claims: Claims::default(),
             beyond: Claims::default(),
             first_unused: 0,
@@ -239,9 +242,27 @@ impl LeaseTable {
 
     pub(super) fn remove(&mut self, address: u32) {
         self.take(address);
+        self.host_names.remove(&address);
         if let Some(index) = address.checked_sub(self.first) {
             self.first_unused = self.first_unused.min(index);
         }
+    }
+
+    /// Notes what the client of an address calls itself.
+    pub(super) fn set_host_name(&mut self, address: u32, mac: Mac, name: Box<str>) {
+        let name = (mac, name);
+        if self.host_names.get(&address) != Some(&name) {
+            self.host_names.insert(address, name);
+            self.changes += 1;
+        }
+    }
+
+    /// The addresses whose clients have said what they call themselves.
+    pub(super) fn host_names(&self) -> impl Iterator<Item = (u32, &LeaseEntry, &str)> {
+        self.host_names.iter().filter_map(|(&address, (mac, name))| {
+            let entry = self.entries.get(&address).filter(|entry| entry.mac == *mac)?;
+            Some((address, entry, &**name))
+        })
     }
 
     /// Takes an entry out, whose place is filled again or becomes unused.

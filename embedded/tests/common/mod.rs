@@ -180,12 +180,14 @@ pub struct Dhcp {
     pub requested: Option<Ipv4Addr>,
     pub server: Option<Ipv4Addr>,
     pub broadcast: bool,
+    /// What the client calls itself. Nothing is no option.
+    pub name: &'static [u8],
 }
 
 impl Dhcp {
     pub fn new(kind: DhcpMessageType, mac: MacAddr6) -> Self {
         let source = Ipv4Addr::UNSPECIFIED;
-        Self { kind, mac, source, requested: None, server: None, broadcast: false }
+        Self { kind, mac, source, requested: None, server: None, broadcast: false, name: b"" }
     }
 
     pub fn discover(mac: MacAddr6) -> Self {
@@ -208,6 +210,7 @@ impl Dhcp {
     }
 
     pub fn frame(&self) -> Vec<u8> {
+        let name = [DhcpOption { kind: 12, data: self.name }];
         let repr = DhcpRepr {
             message_type: self.kind,
             transaction_id: 0xfeed_0001,
@@ -229,7 +232,7 @@ impl Dhcp {
             lease_duration: None,
             renew_duration: None,
             rebind_duration: None,
-            additional_options: &[],
+            additional_options: if self.name.is_empty() { &[] } else { &name },
         };
         let mut packet = vec![0; repr.buffer_len()];
         repr.emit(&mut DhcpPacket::new_unchecked(&mut packet[..])).unwrap();
