@@ -126,6 +126,9 @@ counters! {
     /// The system gives this process no sockets for ICMP echo. The guest got an ICMP error. On Linux,
     /// `net.ipv4.ping_group_range` has to have a group of the process.
     EchoForbidden,
+    /// A guest did not get the name that it calls itself, because it is another's, programs rely on it, or the
+    /// table is full.
+    NameRefused,
     /// A query that is not for guests: an update, a notification, a transfer of a zone, or a query that
     /// there is no resolver for. The guest was told.
     DnsRefused,
