@@ -1,6 +1,7 @@
 //! The way out of embedded networks: guests over rings, and servers and clients of the host.
 
 mod guest;
+mod names;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};

@@ -1,15 +1,15 @@
 //! A guest: smoltcp over a ring of an embedded network.
 
 use std::collections::VecDeque;
-use std::net::{Ipv4Addr, SocketAddr};
+use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
 use smoltcp::iface::{Config, Interface as Stack, SocketHandle, SocketSet};
 use smoltcp::phy::{ChecksumCapabilities, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::{dhcpv4, icmp, tcp, udp};
 use smoltcp::wire::{
-    EthernetAddress, HardwareAddress, IpAddress, IpCidr, IpProtocol, Ipv4Cidr, Ipv4Packet,
-    Ipv4Repr, UdpPacket, UdpRepr,
+    DhcpOption, EthernetAddress, HardwareAddress, IpAddress, IpCidr, IpProtocol, Ipv4Cidr,
+    Ipv4Packet, Ipv4Repr, Ipv6Cidr, Ipv6Packet, Ipv6Repr, UdpPacket, UdpRepr,
 };
 use vmring::{Direction, Embedded, Interface, Ring, RingOp};
 
@@ -77,6 +77,8 @@ pub(crate) struct Guest {
     sockets: SocketSet<'static>,
     start: Instant,
     dhcp: Option<SocketHandle>,
+    /// How many queries of DNS it has sent.
+    pub(crate) asked: u16,
 }
 
 /// A ring for both directions, with so many reads posted.
@@ -127,8 +129,17 @@ impl Guest {
 
     /// A guest that asks for an address.
     pub(crate) fn with_dhcp(interface: Interface) -> Self {
+        Self::with_dhcp_as(interface, b"")
+    }
+
+    /// A guest that asks for an address, and that calls itself `name`, if that is not empty.
+    pub(crate) fn with_dhcp_as(interface: Interface, name: &'static [u8]) -> Self {
         let mut guest = Self::new(interface, READS);
-        guest.dhcp = Some(guest.sockets.add(dhcpv4::Socket::new()));
+        let mut socket = dhcpv4::Socket::new();
+        if !name.is_empty() {
+            socket.set_outgoing_options(vec![DhcpOption { kind: 12, data: name }].leak());
+        }
+        guest.dhcp = Some(guest.sockets.add(socket));
         guest.until("a lease", |guest| {
             let handle = guest.dhcp?;
             let address = match guest.sockets.get_mut::<dhcpv4::Socket<'_>>(handle).poll()? {
@@ -150,7 +161,7 @@ impl Guest {
         config.random_seed = 7;
         let stack = Stack::new(config, &mut card, smoltcp::time::Instant::ZERO);
         let (sockets, start) = (SocketSet::new(Vec::new()), Instant::now());
-        Self { interface, ring, card, stack, sockets, start, dhcp: None }
+        Self { interface, ring, card, stack, sockets, start, dhcp: None, asked: 0 }
     }
 
     pub(crate) fn set_address(&mut self, address: Ipv4Cidr) {
@@ -159,6 +170,55 @@ impl Guest {
             addresses.push(IpCidr::Ipv4(address)).expect("space for an address");
         });
         self.stack.routes_mut().add_default_ipv4_route(GATEWAY).expect("space for a route");
+    }
+
+    /// A guest with an address of the network's prefix of IPv6, which ends with `last`.
+    pub(crate) fn with_ipv6(interface: Interface, last: u16) -> Self {
+        let mut guest = Self::new(interface, READS);
+        let gateway = guest.gateway_v6();
+        let address = Ipv6Addr::from_bits(gateway.to_bits() >> 16 << 16 | u128::from(last));
+        guest.stack.update_ip_addrs(|addresses| {
+            addresses.push(Ipv6Cidr::new(address, 64).into()).expect("space for an address");
+        });
+        guest.stack.routes_mut().add_default_ipv6_route(gateway).expect("space for a route");
+        guest
+    }
+
+    /// The gateway's address over IPv6.
+    pub(crate) fn gateway_v6(&self) -> Ipv6Addr {
+        let prefix = self.interface.info().nat66_prefix.expect("a network with IPv6");
+        Ipv6Addr::from_bits(prefix.to_bits() | 1)
+    }
+
+    pub(crate) fn address_v6(&self) -> Ipv6Addr {
+        let addresses = self.stack.ip_addrs().iter();
+        let v6 = |cidr: &IpCidr| match cidr {
+            IpCidr::Ipv6(cidr) => Some(cidr.address()),
+            IpCidr::Ipv4(_) => None,
+        };
+        addresses.filter_map(v6).next().expect("an address")
+    }
+
+    /// Waits for a frame, and sends another one meanwhile. The stack gets nothing.
+    pub(crate) fn frame_where(
+        &mut self,
+        what: &str,
+        sent: &[u8],
+        wanted: impl Fn(&[u8]) -> bool,
+    ) -> Vec<u8> {
+        stage(what);
+        let begin = Instant::now();
+        loop {
+            self.card.received.extend(received(&mut self.ring));
+            if let Some(found) = self.card.received.drain(..).find(|frame| wanted(frame)) {
+                return found;
+            }
+            assert!(begin.elapsed() < LONG, "it never came: {what}");
+            if !sent.is_empty() {
+                send(&mut self.ring, sent);
+            }
+            self.ring.wait(1, Some(Duration::from_millis(20)));
+        }
     }
 
     pub(crate) fn address(&self) -> Ipv4Addr {
@@ -261,6 +321,11 @@ impl Guest {
         self.sockets.get_mut(handle)
     }
 
+    /// Closes a socket.
+    pub(crate) fn close(&mut self, handle: SocketHandle) {
+        self.sockets.remove(handle);
+    }
+
     /// Opens a socket for pings with an identifier.
     pub(crate) fn ping(&mut self, ident: u16) -> SocketHandle {
         let buffer =
@@ -335,16 +400,50 @@ impl Guest {
         self.send_raw(&frame, 1);
         let start = Instant::now();
         loop {
+            let mut gateway = None;
             for frame in received(&mut self.ring) {
                 if frame[12..14] == [8, 6] && frame[20..22] == [0, 2] {
-                    return frame[22..28].try_into().expect("six bytes");
+                    gateway = Some(frame[22..28].try_into().expect("six bytes"));
+                } else {
+                    self.card.received.push_back(frame);
                 }
-                self.card.received.push_back(frame);
+            }
+            if let Some(gateway) = gateway {
+                return gateway;
             }
             assert!(start.elapsed() < LONG, "the gateway does not answer");
             self.ring.wait(1, Some(Duration::from_millis(2)));
         }
     }
+}
+
+/// A frame with a datagram of UDP over IPv6.
+pub(crate) fn datagram_v6(
+    (from_mac, to_mac): ([u8; 6], [u8; 6]),
+    (from, to): (Ipv6Addr, Ipv6Addr),
+    port: u16,
+) -> Vec<u8> {
+    let payload = [0x5a; 18];
+    let udp = UdpRepr { src_port: 4000, dst_port: port };
+    let ip = Ipv6Repr {
+        src_addr: from,
+        dst_addr: to,
+        next_header: IpProtocol::Udp,
+        payload_len: udp.header_len() + payload.len(),
+        hop_limit: 64,
+    };
+    let mut frame = vec![0; 14 + ip.buffer_len() + ip.payload_len];
+    frame[..6].copy_from_slice(&to_mac);
+    frame[6..12].copy_from_slice(&from_mac);
+    frame[12..14].copy_from_slice(&[0x86, 0xdd]);
+    let mut packet = Ipv6Packet::new_unchecked(&mut frame[14..]);
+    ip.emit(&mut packet);
+    let fill = |bytes: &mut [u8]| bytes.copy_from_slice(&payload);
+    let (from, to) = (IpAddress::Ipv6(from), IpAddress::Ipv6(to));
+    let mut datagram = UdpPacket::new_unchecked(packet.payload_mut());
+    let checksums = ChecksumCapabilities::default();
+    udp.emit(&mut datagram, &from, &to, payload.len(), fill, &checksums);
+    frame
 }
 
 /// A frame with a datagram of UDP.

@@ -41,6 +41,12 @@
 //! `host.internal` and `gateway.internal`, which are its own address. [`vmring_nat::dns`] says which
 //! queries go where.
 //!
+//! A guest that calls itself `web` in DHCP (option 12) is `web.internal`, and `web`, for all guests of the
+//! network as long as its lease runs, and its address leads back to that name. Its first label counts, in
+//! lower case. A name belongs to who was first: no guest takes another's, nor that of the host or the
+//! gateway, nor one that programs look up by themselves, such as `wpad`. What is refused is counted
+//! ("NAT name refused", and "DHCP bad names" for what is no host name).
+//!
 //! # What guests reach
 //!
 //! The outside world, and nothing of the host, unless the settings say so: no loopback and no link-local
@@ -48,12 +54,13 @@
 //! subnet. [`vmring_nat::policy::rules`] has the order of the rules.
 //!
 //! `settings.rs` is what the network is set to; `translator.rs` starts and ends the thread and asks it;
-//! `worker.rs` is its loop, `guests.rs` what it knows of guests and how it sends to them; `control.rs` is
-//! the handle.
+//! `worker.rs` is its loop, `guests.rs` what it knows of guests and how it sends to them, `names.rs` what
+//! they are called; `control.rs` is the handle.
 
 pub(super) mod control;
 mod guests;
 mod limits;
+mod names;
 mod settings;
 pub(super) mod translator;
 mod worker;

@@ -12,6 +12,7 @@ use vmring_nat::sys::Host;
 use vmring_nat::{Full, Link, Nat, Output, Port};
 
 use super::limits::{ADDRESSES, ADDRESSES_MAX, ADDRESSES_SHARE, LOOK_FIRST, LOOK_MAX};
+use super::names::GuestNames;
 use crate::device::slot::PostedSlot;
 
 /// The guests' ports, as a translator sends to them.
@@ -107,6 +108,7 @@ pub(super) struct Addresses {
     /// The leases at the last look: the guest, and its port if that was known.
     leased: HashMap<Ipv4Addr, ([u8; 6], Option<u32>)>,
     reserved: HashMap<Ipv4Addr, [u8; 6]>,
+    names: GuestNames,
 }
 
 impl Addresses {
@@ -170,6 +172,7 @@ impl Addresses {
                 let _ = sources.check(Port(port), mac, holder.address.into(), micros);
             }
         }
+        self.names.follow(dhcp.host_names(guests.end.now()), nat);
         // A guest can make the gateway see changes, and a look costs more if there are many leases.
         self.pause = (begin.elapsed() * ADDRESSES_SHARE).max(ADDRESSES);
     }
