@@ -136,7 +136,8 @@ pub struct InterfaceInfo {
     pub max_packet_size: u32,
     /// The network's addresses, if the device reports them.
     pub ipv4: Option<Ipv4Range>,
-    /// The IPv6 prefix of a shared network, of 64 bits, if the device reports it. Only vmnet does.
+    /// The IPv6 prefix of a shared network, of 64 bits, if the device reports it: vmnet and the embedded
+    /// network do.
     #[doc(alias = "vmnet_nat66_prefix_key")]
     pub nat66_prefix: Option<Ipv6Addr>,
 }

@@ -1,6 +1,9 @@
 //! The way out of embedded networks: guests over rings, and servers and clients of the host.
 
 mod guest;
+#[cfg(target_os = "linux")]
+mod host_v6;
+mod ipv6;
 mod names;
 
 use std::io::{ErrorKind, Read, Write};

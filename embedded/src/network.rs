@@ -72,7 +72,8 @@
 //!   frame if it has got none for [`ADVERTISEMENT_INTERVAL`]. Each guest that uses the gateway sends such
 //!   frames, because it checks from time to time that the gateway is there (RFC 4861, 7.3),
 //! - when [`set_ipv6_router`](Network::set_ipv6_router) changes something, and when somebody who has a timer
-//!   calls [`advertise_ipv6`](Network::advertise_ipv6). Both are to all ports.
+//!   calls [`advertise_ipv6`](Network::advertise_ipv6). Both are to all ports. Whoever drives the network's
+//!   [router](crate::router) has the same at its end.
 //!
 //! The uplink gets none, and the gateway answers no question for routers that comes from there: stations
 //! behind the uplink have routers of their own.

@@ -15,6 +15,7 @@
 //! `write`, `sendto` (to a netlink socket, for the host's own addresses), and `ioctl` with `TIOCOUTQ` where
 //! there is no `SO_MEMINFO`. With [`Resolvers::Host`](crate::Resolvers::Host), `statx` and `openat` of
 //! /etc/resolv.conf too when guests ask for names, and for an address of a link `ioctl` with `SIOCGIFINDEX`.
+//! [`has_ipv6_route`] makes `socket`, `bind`, `connect`, `getsockname` and `close`.
 
 mod addresses;
 mod datagram;

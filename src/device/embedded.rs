@@ -53,6 +53,7 @@
 //!
 //! [`RingBuilder::receive_offloads`]: crate::RingBuilder::receive_offloads
 
+mod ipv6;
 mod limits_control;
 #[cfg(feature = "nat")]
 pub mod nat;
@@ -72,8 +73,8 @@ use vmring_embedded::network::{PortConfig, Registry};
 use vmring_embedded::packet::Packet;
 use vmring_embedded::port::{Port, Receiver, Sender};
 use vmring_embedded::{
-    Accepted, AddressRange, DropReason, Ipv6Config, Monitor, Network, NetworkConfig, NetworkMode,
-    NextFrame, PortPolicy, Sent,
+    Accepted, AddressRange, DropReason, Monitor, Network, NetworkConfig, NetworkMode, NextFrame,
+    PortPolicy, Sent,
 };
 
 use crate::config::{InterfaceConfig, InterfaceInfo, Ipv4Range, Mode, Offloads};
@@ -125,14 +126,7 @@ pub struct Embedded {
     nat: Option<NatSettings>,
     #[cfg(feature = "nat")]
     nat_control: NatControl,
-    ipv6: Option<Ipv6>,
-}
-
-/// Which IPv6 prefix a network has.
-#[derive(Clone, Copy, Debug)]
-enum Ipv6 {
-    OfName,
-    Prefix(Ipv6Addr),
+    ipv6: ipv6::Choice,
 }
 
 impl Embedded {
@@ -154,7 +148,7 @@ impl Embedded {
             nat: Some(NatSettings::default()),
             #[cfg(feature = "nat")]
             nat_control: NatControl::default(),
-            ipv6: None,
+            ipv6: ipv6::Choice::default(),
         }
     }
 
@@ -243,10 +237,16 @@ impl Embedded {
 
     /// Gives the network IPv6: a prefix of 64 bits, from which guests choose their addresses, and a gateway
     /// in it. Without an argument it is a unique local prefix that follows from the network's mode and
-    /// name, so that guests keep their addresses when the network is made again. By default the gateway has
-    /// no IPv6. See [`vmring_embedded::gateway`].
+    /// name, so that guests keep their addresses when the network is made again. By default a network with
+    /// a way out has such a prefix, and another one has no IPv6. See [`vmring_embedded::gateway`].
     pub fn ipv6(mut self, prefix: Option<Ipv6Addr>) -> Self {
-        self.ipv6 = Some(prefix.map_or(Ipv6::OfName, Ipv6::Prefix));
+        self.ipv6 = prefix.map_or(ipv6::Choice::OfName, ipv6::Choice::Prefix);
+        self
+    }
+
+    /// Leaves the network without IPv6: the gateway has no address of it, and guests are told none.
+    pub fn no_ipv6(mut self) -> Self {
+        self.ipv6 = ipv6::Choice::No;
         self
     }
 
@@ -307,15 +307,17 @@ impl Driver for Embedded {
         #[cfg(feature = "nat")]
         if let Some(settings) = self.nat.as_ref().filter(|_| mode == NetworkMode::Shared) {
             network.router = Some(settings.rows());
-            if network.dns.is_empty() {
-                network.dns.push(addresses.gateway);
+        }
+        let has_way_out = network.router.is_some();
+        let name = format!("{}/{}", config.mode, self.network);
+        network.ipv6 = self.ipv6.settings(&name, has_way_out);
+        if has_way_out && network.dns.is_empty() {
+            network.dns.push(addresses.gateway);
+            // Whoever names servers over IPv4 wants no other to be asked.
+            if let Some(ipv6) = &mut network.ipv6 {
+                ipv6.dns.push(ipv6.gateway());
             }
         }
-        let name = format!("{}/{}", config.mode, self.network);
-        network.ipv6 = self.ipv6.map(|ipv6| match ipv6 {
-            Ipv6::OfName => Ipv6Config::of_name(&name),
-            Ipv6::Prefix(prefix) => Ipv6Config::new(prefix),
-        });
         Ok(Arc::new(EmbeddedPort::join(name, network, self.settings(config))?))
     }
 }
@@ -330,7 +332,7 @@ impl Embedded {
             ("reservation", !self.dhcp.reservations.is_empty()),
             ("lease file", self.dhcp.lease_file.is_some()),
             ("name server", !self.dns.is_empty()),
-            ("IPv6 prefix", self.ipv6.is_some()),
+            ("IPv6 prefix", !matches!(self.ipv6, ipv6::Choice::WithWayOut | ipv6::Choice::No)),
         ];
         if let Some((what, _)) = of_the_gateway.into_iter().find(|(_, set)| *set) {
             let why = "a switch has no gateway and no DHCP server";
@@ -444,6 +446,8 @@ impl EmbeddedPort {
             end: range.end,
             mask: range.mask,
         });
+        let shared = configuration.ipv6.as_ref().filter(|_| config.mode == Mode::Shared);
+        info.nat66_prefix = shared.map(|ipv6| ipv6.prefix);
         let ends = Arc::new(Mutex::new(Some(ends)));
         Ok(Self {
             info,
@@ -659,7 +663,8 @@ impl Device for EmbeddedPort {
             ("DHCP messages", asked.dhcp_messages),
             ("DHCP messages limited", asked.dhcp_limited),
         ];
-        let counters = own.into_iter().chain(of_the_gateway).chain(dhcp_counters(&dhcp));
+        let counters = own.into_iter().chain(of_the_gateway).chain(ipv6::counters(&asked.ipv6));
+        let counters = counters.chain(dhcp_counters(&dhcp));
         #[cfg(feature = "nat")]
         let counters = counters.chain(nat::control::counters(monitor.network()));
         counters.collect()

@@ -47,6 +47,16 @@
 //! gateway, nor one that programs look up by themselves, such as `wpad`. What is refused is counted
 //! ("NAT name refused", and "DHCP bad names" for what is no host name).
 //!
+//! # IPv6
+//!
+//! The network has IPv6 too, unless [`Embedded::no_ipv6`](crate::Embedded::no_ipv6) says otherwise: guests
+//! get a prefix and the gateway as their name server by router advertisements, and translated they reach
+//! what the host reaches. The advertisements name the gateway as a default router while the host itself has
+//! a default route, so that no guest tries IPv6 in vain before IPv4. The host's routes are looked at when
+//! the network is made, and while the thread runs every 2 seconds, or every 30 if no guest sends. A change is
+//! advertised at once, and twice more; otherwise all guests get an advertisement every 200 to 600 seconds.
+//! What is sent to a network that the host has no route to is answered by "no route".
+//!
 //! # What guests reach
 //!
 //! The outside world, and nothing of the host, unless the settings say so: no loopback and no link-local
@@ -55,10 +65,11 @@
 //!
 //! `settings.rs` is what the network is set to; `translator.rs` starts and ends the thread and asks it;
 //! `worker.rs` is its loop, `guests.rs` what it knows of guests and how it sends to them, `names.rs` what
-//! they are called; `control.rs` is the handle.
+//! they are called, `ipv6.rs` what they are told and asked over IPv6; `control.rs` is the handle.
 
 pub(super) mod control;
 mod guests;
+mod ipv6;
 mod limits;
 mod names;
 mod settings;

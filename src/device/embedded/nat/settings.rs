@@ -46,7 +46,8 @@ impl NatSettings {
     }
 
     /// Lets guests reach a port of the host's loopback address, 127.0.0.1, as the same port of the
-    /// gateway's address. Without it, the gateway refuses what comes to its address.
+    /// gateway's address, and that of ::1 as that of the gateway's address over IPv6. Without it, the gateway
+    /// refuses what comes to its address.
     pub fn host_port(mut self, port: HostPort) -> Self {
         self.host_ports.push(port);
         self

@@ -9,7 +9,7 @@ use std::thread;
 
 use vmring_embedded::{Network, NetworkConfig, Router, RouterEnd};
 use vmring_nat::limits::DNS_PORT;
-use vmring_nat::sys::{Host, Waker};
+use vmring_nat::sys::{Host, Waker, has_ipv6_route};
 use vmring_nat::{Counters, ForwardError, ForwardRule, HostPort, Protocol, SocketError};
 
 use super::limits::COMMAND_TIMEOUT;
@@ -27,8 +27,8 @@ pub(super) struct Translator {
     gateway_mac: [u8; 6],
     commands: Arc<Commands>,
     thread: Mutex<Option<Running>>,
-    /// Whether the forwards of the settings are there.
-    has_forwards: Mutex<bool>,
+    /// Whether the gateway's role is set and the forwards of the settings are there.
+    has_begun: Mutex<bool>,
 }
 
 struct Running {
@@ -48,10 +48,10 @@ pub(crate) fn set_up(
         gateway_mac: gateway.mac().into_array(),
         commands: Arc::default(),
         thread: Mutex::new(None),
-        has_forwards: Mutex::new(false),
+        has_begun: Mutex::new(false),
     }));
     match router.and_then(|router| translator(router.clone())) {
-        Some(translator) => translator.add_forwards(network),
+        Some(translator) => translator.begin(network),
         None => Ok(()),
     }
 }
@@ -67,12 +67,17 @@ pub(super) fn translator_of(network: &Network<PostedSlot>) -> Option<Arc<Transla
 }
 
 impl Translator {
-    /// Adds the forwards of the settings: all of them or none. Only the first call does.
-    fn add_forwards(&self, network: &Network<PostedSlot>) -> Result<(), Error> {
+    /// Sets whether the gateway leads to the world over IPv6, and adds the forwards of the settings: all of
+    /// them or none. Only the first call does.
+    fn begin(&self, network: &Network<PostedSlot>) -> Result<(), Error> {
         // The lock is held so that nobody joins before they are there.
-        let mut has_forwards = lock(&self.has_forwards);
-        if *has_forwards {
+        let mut has_begun = lock(&self.has_begun);
+        if *has_begun {
             return Ok(());
+        }
+        if network.config().ipv6.is_some() {
+            // The thread looks again, while it runs.
+            network.set_ipv6_router(has_ipv6_route());
         }
         let mut added = Vec::new();
         for rule in &self.settings.forwards {
@@ -90,7 +95,7 @@ impl Translator {
                 }
             }
         }
-        *has_forwards = true;
+        *has_begun = true;
         Ok(())
     }
 }

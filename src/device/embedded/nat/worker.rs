@@ -1,12 +1,12 @@
 //! The thread that translates for a network.
 
-use std::net::{Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::mpsc::{SyncSender, TrySendError};
 use std::time::{Duration, Instant};
 
 use vmring_core::offload::OffloadHeader;
 use vmring_embedded::limits::{ROUTER_BATCH, ROUTER_FRAMES};
-use vmring_embedded::{NetworkConfig, RouterBatch, RouterEnd};
+use vmring_embedded::{Ipv6Config, NetworkConfig, RouterBatch, RouterEnd};
 use vmring_nat::dns::names::{GATEWAY_NAME, HOST_NAME};
 use vmring_nat::sys::{Events, Host};
 use vmring_nat::{
@@ -15,14 +15,16 @@ use vmring_nat::{
 };
 
 use super::guests::{Addresses, Guests};
+use super::ipv6::Discovery;
 use super::limits::{BATCHES, EVENTS};
 use super::settings::NatSettings;
 use crate::device::slot::PostedSlot;
 use crate::sync::{AtomicBool, Mutex, Ordering};
 use crate::sys::lock;
 
-/// The gateway's address over IPv6, which no guest is told yet.
-const GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfd76, 0x6d72, 0x696e, 0x67, 0, 0, 0, 1);
+/// The gateway's address over IPv6 on a network without IPv6. No guest is told of it, and none of its
+/// packets of IPv6 comes here.
+const NO_GATEWAY_V6: Ipv6Addr = Ipv6Addr::new(0xfd76, 0x6d72, 0x696e, 0x67, 0, 0, 0, 1);
 
 /// What a translator does at one moment.
 #[derive(Clone, Debug, Default)]
@@ -87,6 +89,7 @@ pub(super) struct Worker {
     config: NatConfig,
     policy: PolicyRules,
     mtu: u32,
+    has_ipv6: bool,
     reservations: Vec<([u8; 6], Ipv4Addr)>,
 }
 
@@ -98,7 +101,8 @@ impl Worker {
         gateway_mac: [u8; 6],
     ) -> Self {
         let gateway = network.ipv4.gateway;
-        let mut config = NatConfig::new(gateway_mac, gateway, GATEWAY_V6);
+        let gateway_v6 = network.ipv6.as_ref().map(Ipv6Config::gateway);
+        let mut config = NatConfig::new(gateway_mac, gateway, gateway_v6.unwrap_or(NO_GATEWAY_V6));
         let bits = u32::from(network.ipv4.mask).leading_ones() as u8;
         config.subnet_v4 = Prefix::new(gateway.into(), bits).unwrap_or(config.subnet_v4);
         config.limits = settings.limits;
@@ -114,26 +118,33 @@ impl Worker {
         policy.deny.clone_from(&settings.deny);
         policy.host_access = settings.host_access;
         if !settings.host_ports.is_empty() {
-            policy.host_address = vec![gateway.into()];
+            let addresses = [Some(gateway.into()), gateway_v6.map(IpAddr::from)];
+            policy.host_address = addresses.into_iter().flatten().collect();
             policy.host_ports.clone_from(&settings.host_ports);
         }
         let reservations = &network.reservations;
         let reservations =
             reservations.iter().map(|(mac, address)| (mac.into_array(), *address)).collect();
-        Self { host, config, policy, mtu: network.mtu, reservations }
+        let has_ipv6 = gateway_v6.is_some();
+        Self { host, config, policy, mtu: network.mtu, has_ipv6, reservations }
     }
 }
 
 /// Translates until it is stopped.
 pub(super) fn run(worker: Worker, end: RouterEnd<PostedSlot>, commands: &Commands) {
-    let Worker { host, config, policy, mtu, reservations } = worker;
-    let gateway = config.gateway_v4;
+    let Worker { host, config, policy, mtu, has_ipv6, reservations } = worker;
+    let gateway = [config.gateway_v4.into(), config.gateway_v6.into()];
+    let gateway: &[IpAddr] = if has_ipv6 { &gateway } else { &gateway[..1] };
+    // Without a port of the host, nothing is worth a try over IPv6.
+    let host_address = if policy.host_ports.is_empty() { &gateway[..1] } else { gateway };
+    let names = [(HOST_NAME, host_address), (GATEWAY_NAME, gateway)];
     let start = Instant::now();
     let mut nat = Nat::with_policy(config, host, Box::new(policy), Duration::ZERO);
-    for name in [HOST_NAME, GATEWAY_NAME] {
+    for (name, addresses) in names {
         // Both are names of the right form, and the first two of the table.
-        let _ = nat.names_mut().set(name, &[gateway.into()]);
+        let _ = nat.names_mut().set(name, addresses);
     }
+    let mut discovery = Discovery::new(has_ipv6);
     let mut addresses = Addresses::new(reservations, &mut nat);
     let mut guests = Guests::new(end, mtu);
     let mut batch = RouterBatch::new();
@@ -142,13 +153,14 @@ pub(super) fn run(worker: Worker, end: RouterEnd<PostedSlot>, commands: &Command
     while !commands.stopped.load(Ordering::Relaxed) {
         let now = start.elapsed();
         take_turn(&mut nat, &mut guests, &mut addresses, &mut batch, now);
+        discovery.turn(&mut nat, &mut guests, now);
         for command in commands.take() {
             obey(command, &mut nat, &mut guests, now);
         }
         guests.look_for_space(&mut nat, now);
         let due = nat.on_time(now, &mut guests);
         guests.end.flush();
-        let next = [guests.next_look(now), due].into_iter().flatten().min();
+        let next = [guests.next_look(now), due, discovery.next()].into_iter().flatten().min();
         let mut timeout = next.map(|next| next.saturating_sub(now));
         // The look comes after the doorbell is armed.
         if timeout != Some(Duration::ZERO) && !guests.end.arm() {
