@@ -1,6 +1,6 @@
 //! The options of the way out that the embedded network has.
 
-use std::net::{IpAddr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 
 use clap::Args;
 use vmring::Embedded;
@@ -27,16 +27,30 @@ pub(crate) struct NatArgs {
     #[arg(long, value_name = "PREFIX[:PORT[-LAST]][,tcp|,udp]")]
     pub(crate) allow: Vec<Rule>,
     /// Let guests reach this port of the host's loopback address at the gateway's address, like 8080 or
-    /// 53,udp; can be repeated
+    /// 53,udp; can be repeated. Over IPv6 it is that of ::1
     #[arg(long, value_name = "PORT[,udp]")]
     pub(crate) host_port: Vec<HostPort>,
     /// Ask this resolver when guests ask the gateway for names; can be repeated
     /// [default: the host's resolvers]
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) dns: Vec<IpAddr>,
+    /// The first addresses of guests over IPv6 [default: a private prefix that follows from the network's
+    /// name]
+    #[arg(long, value_name = "PREFIX/64", value_parser = prefix)]
+    pub(crate) ipv6: Option<Ipv6Addr>,
+    /// Leave the network without IPv6
+    #[arg(long, conflicts_with = "ipv6")]
+    pub(crate) no_ipv6: bool,
     /// Leave guests without a way out
     #[arg(long, conflicts_with_all = ["forward", "deny", "allow", "host_port", "dns"])]
     pub(crate) no_nat: bool,
+}
+
+/// Reads a prefix of 64 bits.
+fn prefix(text: &str) -> Result<Ipv6Addr, String> {
+    let wrong =
+        || format!("'{text}' is no prefix of IPv6 with 64 bits, like fd12:3456:789a:1::/64");
+    text.strip_suffix("/64").and_then(|address| address.parse().ok()).ok_or_else(wrong)
 }
 
 impl NatArgs {
@@ -55,8 +69,12 @@ impl NatArgs {
             "--allow"
         } else if !self.host_port.is_empty() {
             "--host-port"
-        } else {
+        } else if !self.dns.is_empty() {
             "--dns"
+        } else if self.no_ipv6 {
+            "--no-ipv6"
+        } else {
+            "--ipv6"
         };
         let why = match networks {
             0 => "nothing here is an embedded network, which has a way out of its own",
@@ -67,6 +85,11 @@ impl NatArgs {
 
     /// Gives a driver of the embedded network these settings.
     pub(crate) fn embedded(&self, driver: Embedded) -> Embedded {
+        let driver = match self.ipv6 {
+            _ if self.no_ipv6 => driver.no_ipv6(),
+            None => driver,
+            prefix => driver.ipv6(prefix),
+        };
         if self.no_nat {
             return driver.no_nat();
         }

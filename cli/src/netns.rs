@@ -6,11 +6,13 @@
 //! the TAP to the network, and ends with the command.
 //!
 //! - [`inside`]: the child, until it becomes the command
+//! - [`ipv6`]: how the TAP gets its IPv6
 //! - [`link`]: the TAP and the loopback interface in the namespace
 //! - [`resolver`]: the name server that the command finds
 //! - [`settings`]: what the parent tells the child
 
 mod inside;
+mod ipv6;
 mod link;
 mod resolver;
 mod settings;
@@ -143,9 +145,11 @@ fn join(tap: &OwnedFd, args: &RunNetnsArgs) -> Result<(Bridge, Settings), Failur
         None => shared,
     };
     let network = start("the network", shared)?;
-    let range = network.interface.info().ipv4.expect("an embedded network has addresses");
+    let info = network.interface.info();
+    let range = info.ipv4.expect("an embedded network has addresses");
     let address = Ipv4Addr::from(u32::from(range.start) + 1);
-    let settings = Settings { address, mask: range.mask, gateway: range.start };
+    let (mask, gateway, prefix) = (range.mask, range.start, info.nat66_prefix);
+    let settings = Settings { address, mask, gateway, prefix };
     let bridge = Bridge::new([tap, network], [InSoftware::Nothing; 2], [DEPTH; 2])
         .map_err(Failure::starting)?;
     Ok((bridge, settings))

@@ -8,6 +8,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 
 use vmring::MacAddr6;
 
+use super::ipv6;
 use super::settings::Settings;
 
 /// The TAP's name.
@@ -43,7 +44,7 @@ pub(super) fn create(mtu: u32) -> Result<OwnedFd, String> {
     Ok(file.into())
 }
 
-/// Brings both interfaces up. The TAP gets its address and the default route.
+/// Brings both interfaces up. The TAP gets its addresses and the default routes.
 pub(super) fn set_up(settings: &Settings) -> Result<(), String> {
     let links = Links::new()?;
     let up = |request: &mut libc::ifreq| {
@@ -56,8 +57,15 @@ pub(super) fn set_up(settings: &Settings) -> Result<(), String> {
     links.set("mask", NAME, libc::SIOCSIFNETMASK as _, |request| {
         request.ifr_ifru.ifru_netmask = address(settings.mask);
     })?;
+    if settings.prefix.is_some() {
+        ipv6::prepare(NAME);
+    }
     links.set("state", NAME, libc::SIOCSIFFLAGS as _, up)?;
-    links.route_by(settings.gateway)
+    links.route_by(settings.gateway)?;
+    if let Some(prefix) = settings.prefix {
+        ipv6::wait(NAME, prefix);
+    }
+    Ok(())
 }
 
 /// The interfaces of this namespace.

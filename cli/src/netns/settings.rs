@@ -1,6 +1,6 @@
 //! What the parent tells the child about its network: one line of JSON.
 
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, Ipv6Addr};
 
 use serde::{Deserialize, Serialize};
 
@@ -11,4 +11,6 @@ pub(super) struct Settings {
     pub(super) mask: Ipv4Addr,
     /// The router and the name server.
     pub(super) gateway: Ipv4Addr,
+    /// The network's prefix of IPv6, of 64 bits, if it has one.
+    pub(super) prefix: Option<Ipv6Addr>,
 }

@@ -1,5 +1,8 @@
 //! `vmring run-netns`, as a user meets it.
 
+#[path = "run_netns/ipv6.rs"]
+mod ipv6;
+
 use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeSet;
 use std::io::{ErrorKind, Write};
-use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -213,6 +213,43 @@ impl Drop for Visitor {
     }
 }
 
+/// Asks the gateway for a name over IPv6, with the address that the gateway's advertisement gives a kernel.
+fn ask_over_ipv6() {
+    let start = Instant::now();
+    if !Path::new("/proc/sys/net/ipv6").exists() {
+        return eprintln!("skipped: this kernel has no IPv6");
+    }
+    // The kernel looks first whether somebody has the address, for a second or two (`IFA_F_TENTATIVE`).
+    let prefix = loop {
+        let listed = std::fs::read_to_string("/proc/thread-self/net/if_inet6").expect("a list");
+        let usable = |line: &str| {
+            let words: Vec<_> = line.split_whitespace().collect();
+            let number = |word| u128::from_str_radix(word, 16).expect("a number");
+            let is_global = words[5] == "t0" && words[3] == "00";
+            (is_global && number(words[4]) & 0x40 == 0).then(|| number(words[0]) >> 64)
+        };
+        if let Some(prefix) = listed.lines().find_map(usable) {
+            break prefix;
+        }
+        assert!(start.elapsed() < LIMIT, "the guest gets no address: {listed}");
+        thread::sleep(Duration::from_millis(20));
+    };
+    let gateway = Ipv6Addr::from_bits(prefix << 64 | 1);
+    let socket = UdpSocket::bind("[::]:0").expect("a port");
+    socket.set_read_timeout(Some(SOON)).expect("a timeout");
+    socket.connect((gateway, 53)).expect("it is connected");
+    let mut answer = [0; 512];
+    let len = loop {
+        assert!(start.elapsed() < LIMIT, "the gateway does not answer");
+        socket.send(&question(3, &["gateway", "internal"])).expect("it is sent");
+        if let Ok(len) = socket.recv(&mut answer) {
+            break len;
+        }
+    };
+    assert_eq!((answer[1], answer[3] & 15), (3, 0), "{:x?}", &answer[..len]);
+    assert_eq!(answer[len - 4..len], GATEWAY.octets());
+}
+
 /// A guest with a static address joins by this socket, and does what guests do outside. It leaves when it
 /// is dropped.
 pub(super) fn visit(wire: &Path, ports: Ports) -> Visitor {
@@ -273,6 +310,7 @@ pub(super) fn visit(wire: &Path, ports: Ports) -> Visitor {
         // A ping goes out, or is refused where the system has no ping sockets for this process.
         let _ = Command::new("ping").args(["-c1", "-W1", "127.0.0.2"]).output();
     });
+    guest.host.run(ask_over_ipv6);
     // In, by the ports that lead to the guest.
     let Some(forwarded) = forwarded else { return guest };
     let (listener, socket) = guest.host.run(|| {
