@@ -25,6 +25,7 @@ mod merge;
 mod net;
 mod ours;
 mod place;
+mod paired;
 mod plan;
 mod plot;
 mod programs;
@@ -264,7 +265,9 @@ fn tap_write(plan: Plan) -> Part {
     })?;
     let about = "packets into a TAP, dropped by the kernel for their address";
     let (table, medians) = packets("tap-write", about, measured, write::Method::name);
-    Ok((vec![table], tap_wants("into a TAP", &medians, "write(2)", "io_uring WRITE, 64 at once")))
+    let wants = tap_wants("into a TAP", &medians, "write(2)", "io_uring WRITE, 64 at once");
+    let (paired, above) = write::run_paired(plan)?;
+    Ok((paired.into_iter().chain([table]).collect(), above.into_iter().chain(wants).collect()))
 }
 
 fn tap_read(plan: Plan) -> Part {
@@ -278,7 +281,9 @@ fn tap_read(plan: Plan) -> Part {
         turns(rounds, read::Method::ALL, |method, len| read::measure_flood(method, len, time))?;
     let about = "packets out of a TAP while another thread sends all it can";
     let (flood, _) = packets("tap-read, flood", about, flooded, read::Method::name);
-    Ok((vec![drain, flood], wants))
+    let (paired, above) = read::run_paired(plan)?;
+    let tables = paired.into_iter().chain([drain, flood]).collect();
+    Ok((tables, above.into_iter().chain(wants).collect()))
 }
 
 /// The wants for the TAP: 1.5 times the plain system call, and 0.95 of the loop by hand.

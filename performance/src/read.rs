@@ -9,12 +9,18 @@ use std::thread;
 use std::time::Duration;
 
 use crate::clock::{Elapsed, Moment, Processor};
+use crate::common::pin;
 use crate::contender::{Reader, Taken};
-use crate::net::{PacketSocket, Tap, counters, in_new_namespace, udp_frame};
+use crate::net::{
+    FULL_FRAME, PacketSocket, SMALL_FRAME, Tap, check, counters, in_new_namespace, udp_frame,
+};
 use crate::ours::Ours;
+use crate::paired::{self, Contender, time_each};
+use crate::plan::{Part, Plan};
 use crate::report::Sample;
 use crate::result::Result;
 use crate::slots::BATCH;
+use crate::write::{no_work, wants_above};
 use rivals::{Batch, Multishot, Plain, TunRs};
 
 /// The contenders.
@@ -121,6 +127,69 @@ pub(crate) fn measure_drain(method: Method, length: usize, time: Duration) -> Re
         }
         Ok(Sample { packets, elapsed })
     })
+}
+
+/// How often a slice fills the queue, to drain it in about [`paired::SLICE`].
+const FILLS: usize = 4;
+
+/// What each contender without a thread of its own costs above a loop over `read(2)`.
+pub(crate) fn run_paired(plan: Plan) -> Part {
+    const METHODS: [Method; 5] = [
+        Method::Plain,
+        Method::TunRs,
+        Method::Ours(Ours::PLAIN_INLINE),
+        Method::Ours(Ours::URING_INLINE),
+        Method::UringBatch,
+    ];
+    let mut table =
+        paired::table("tap-read, paired", "packets out of a TAP's queue, in turns of 2.5 ms");
+    let mut wants = Vec::new();
+    for length in [SMALL_FRAME, FULL_FRAME] {
+        let above = in_new_namespace(|| {
+            pin(0);
+            let tap = Tap::open_up("tap0", QUEUE)?;
+            let socket = &PacketSocket::on(tap.name())?;
+            let frame = &udp_frame(length);
+            let mut contenders = Vec::new();
+            for method in METHODS {
+                let mut reader = method.open(&tap)?;
+                contenders.push(Contender::new(method.name(), move || {
+                    let mut all = 0.0;
+                    for _ in 0..FILLS {
+                        reader.rest()?;
+                        socket.send(frame, QUEUE)?;
+                        all += time_each(QUEUE, || drain(&mut *reader, QUEUE, length))?;
+                    }
+                    Ok(all / FILLS as f64)
+                }));
+            }
+            contenders.push(Contender::new("read(2) of an empty queue", || {
+                let calls = FILLS * QUEUE;
+                time_each(calls, || (0..calls).try_for_each(|_| find_nothing(&tap)))
+            }));
+            contenders.push(Contender::new("getppid(2)", || {
+                time_each(FILLS * QUEUE, || {
+                    (0..FILLS * QUEUE).for_each(|_| no_work());
+                    Ok(())
+                })
+            }));
+            let values = paired::alternate(plan, &mut contenders)?;
+            Ok(paired::add_rows(&mut table, length, &contenders, &values))
+        })?;
+        wants.extend(wants_above(length, "out of a TAP", "read(2)", &above));
+    }
+    Ok((vec![table], wants))
+}
+
+/// A call that finds no packet.
+fn find_nothing(tap: &Tap) -> Result<()> {
+    let mut byte = 0_u8;
+    // SAFETY: the byte outlives the call.
+    let read = unsafe { libc::read(tap.as_raw_fd(), (&raw mut byte).cast(), 1) };
+    match check(read as libc::c_int) {
+        Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => Ok(()),
+        _ => Err("a packet came that nobody sent".into()),
+    }
 }
 
 /// One measurement of one contender, while another thread sends as fast as it can.

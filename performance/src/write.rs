@@ -7,10 +7,13 @@ use std::time::Duration;
 use io_uring::{IoUring, opcode, types};
 
 use crate::clock::Moment;
+use crate::common::pin;
 use crate::contender::Writer;
-use crate::net::{Tap, counters, in_new_namespace, udp_frame};
+use crate::net::{FULL_FRAME, SMALL_FRAME, Tap, counters, in_new_namespace, udp_frame};
 use crate::ours::Ours;
-use crate::report::Sample;
+use crate::paired::{self, Contender, time_each};
+use crate::plan::{Part, Plan};
+use crate::report::{Sample, Want};
 use crate::result::Result;
 use crate::slots::{BATCH, SLOT_SIZE, SLOTS, Slot, filled};
 
@@ -47,31 +50,38 @@ impl Method {
     }
 }
 
-/// One measurement of one contender, for about `time`.
-pub(crate) fn measure(method: Method, length: usize, time: Duration) -> Result<Sample> {
-    in_new_namespace(|| {
-        let tap = Tap::open_up("tap0", 1000)?;
+impl Method {
+    /// A writer of packets of `length` bytes. Before anything is timed, this checks that the right
+    /// number of packets of the right length arrive.
+    fn open(self, tap: &Tap, length: usize) -> Result<Box<dyn Writer + '_>> {
         let slots = filled(&udp_frame(length));
-        let mut writer: Box<dyn Writer> = match method {
-            Method::Plain => Box::new(Plain { tap: &tap, slots, next: 0, length }),
-            Method::Uring => Box::new(Uring::new(&tap, slots, length, false)?),
-            Method::UringFixed => Box::new(Uring::new(&tap, slots, length, true)?),
-            Method::TunRs => Box::new(TunRs::new(&tap, slots, length)?),
-            Method::Ours(ours) => ours.writer(&tap, &slots[0].0[..length])?,
+        let mut writer: Box<dyn Writer> = match self {
+            Self::Plain => Box::new(Plain { tap, slots, next: 0, length }),
+            Self::Uring => Box::new(Uring::new(tap, slots, length, false)?),
+            Self::UringFixed => Box::new(Uring::new(tap, slots, length, true)?),
+            Self::TunRs => Box::new(TunRs::new(tap, slots, length)?),
+            Self::Ours(ours) => ours.writer(tap, &slots[0].0[..length])?,
         };
-        // Checks before anything is timed that the right number of packets of the right length
-        // arrive.
-        let before = counters("tap0")?;
+        let before = counters(tap.name())?;
         writer.write(SLOTS + 1)?;
-        let after = counters("tap0")?;
+        let after = counters(tap.name())?;
         let came = (after.received - before.received, after.received_bytes - before.received_bytes);
         let wanted = SLOTS as u64 + 1;
         if came != (wanted, wanted * length as u64) {
-            let name = method.name();
+            let name = self.name();
             return Err(
                 format!("{name}: wrote {wanted} packets, (packets, bytes) came: {came:?}").into()
             );
         }
+        Ok(writer)
+    }
+}
+
+/// One measurement of one contender, for about `time`.
+pub(crate) fn measure(method: Method, length: usize, time: Duration) -> Result<Sample> {
+    in_new_namespace(|| {
+        let tap = Tap::open_up("tap0", 1000)?;
+        let mut writer = method.open(&tap, length)?;
         let start = Moment::now();
         let mut packets = 0;
         loop {
@@ -83,6 +93,86 @@ pub(crate) fn measure(method: Method, length: usize, time: Duration) -> Result<S
             }
         }
     })
+}
+
+/// How many packets a slice writes, in about [`paired::SLICE`].
+const SLICE: usize = 16 * SLOTS;
+
+/// The most nanoseconds per packet above the plain system call that are wanted, for rings, ownership
+/// and counters together.
+pub(crate) const ABOVE: f64 = 15.0;
+
+/// What each contender without a thread of its own costs above a loop over `write(2)`.
+pub(crate) fn run_paired(plan: Plan) -> Part {
+    const METHODS: [Method; 5] = [
+        Method::Plain,
+        Method::TunRs,
+        Method::Ours(Ours::PLAIN_INLINE),
+        Method::Ours(Ours::URING_INLINE),
+        Method::Uring,
+    ];
+    let mut table = paired::table("tap-write, paired", "packets into a TAP, in turns of 2.5 ms");
+    let mut wants = Vec::new();
+    for length in [SMALL_FRAME, FULL_FRAME] {
+        let above = in_new_namespace(|| {
+            pin(0);
+            let tap = Tap::open_up("tap0", 1000)?;
+            let mut contenders = Vec::new();
+            for method in METHODS {
+                let mut writer = method.open(&tap, length)?;
+                contenders.push(Contender::new(method.name(), move || {
+                    // The contender before has left its own buffers in the caches.
+                    writer.write(SLOTS)?;
+                    time_each(SLICE, || writer.write(SLICE))
+                }));
+            }
+            contenders.push(Contender::new("write(2) of 1 B, refused", || {
+                time_each(SLICE, || (0..SLICE).try_for_each(|_| refused(&tap)))
+            }));
+            contenders.push(Contender::new("getppid(2)", || {
+                time_each(SLICE, || {
+                    (0..SLICE).for_each(|_| no_work());
+                    Ok(())
+                })
+            }));
+            let values = paired::alternate(plan, &mut contenders)?;
+            Ok(paired::add_rows(&mut table, length, &contenders, &values))
+        })?;
+        wants.extend(wants_above(length, "into a TAP", "write(2)", &above));
+    }
+    Ok((vec![table], wants))
+}
+
+/// The wants for what ours costs above the plain system call.
+pub(crate) fn wants_above(
+    bytes: usize,
+    what: &str,
+    rival: &str,
+    above: &[(&'static str, paired::Median)],
+) -> Vec<Want> {
+    let ours = [Ours::PLAIN_INLINE.name(), Ours::URING_INLINE.name()];
+    let rows = above.iter().filter(|(name, _)| ours.contains(name));
+    let want = |(name, above): &(&str, paired::Median)| {
+        let what = format!("{bytes} B {what}: {name}, ns above {rival}: {above}");
+        Want::at_most(what, above.median, ABOVE)
+    };
+    rows.map(want).collect()
+}
+
+/// A call that the TAP refuses, since no frame is that short.
+fn refused(tap: &Tap) -> Result<()> {
+    // SAFETY: the byte outlives the call.
+    let written = unsafe { libc::write(tap.as_raw_fd(), [0_u8].as_ptr().cast(), 1) };
+    match io::Error::last_os_error().raw_os_error() {
+        Some(libc::EINVAL) if written < 0 => Ok(()),
+        _ => Err(format!("a write of 1 B gave {written}").into()),
+    }
+}
+
+/// The cheapest system call.
+pub(crate) fn no_work() {
+    // SAFETY: the call takes nothing. The C library does not keep its result.
+    unsafe { libc::syscall(libc::SYS_getppid) };
 }
 
 /// One system call per packet.
