@@ -78,6 +78,12 @@ impl<const N: usize> Pieces<N> {
         true
     }
 
+    /// Makes `len` bytes from `start` on the piece of number `at`, which must be there.
+    #[inline]
+    pub(crate) fn put_space(&mut self, at: usize, start: *mut u8, len: usize) {
+        self.0[at] = libc::iovec { iov_base: start.cast(), iov_len: len };
+    }
+
     /// The bytes of the pieces from number `from` to `end`.
     pub(crate) fn len_of(&self, from: usize, end: usize) -> usize {
         self.0[from..end].iter().map(|piece| piece.iov_len).sum()
@@ -170,6 +176,25 @@ impl Framing {
         Some(pieces.first(count))
     }
 
+    /// The same, if it is one piece and nothing that the DHCP server looks at: where it begins, and its
+    /// length in bytes.
+    #[inline]
+    pub(crate) fn piece_to_write(&self, slot: &mut PostedSlot) -> Option<(*mut u8, usize)> {
+        let Some(guest) = slot.guest() else {
+            let bytes = slot.packet_with_header_mut(self.header)?;
+            let is_others = self.dhcp.is_none() || !Dhcp::looks_at(bytes.get(self.header..)?);
+            return is_others.then_some((bytes.as_mut_ptr(), bytes.len()));
+        };
+        let mut segments = guest.packet();
+        match (segments.next(), segments.next()) {
+            // A header would be a piece of its own.
+            (Some(segment), None) if self.dhcp.is_none() && self.header == 0 => {
+                Some((segment.as_ptr(), segment.len() as usize))
+            }
+            _ => None,
+        }
+    }
+
     /// The space of a posted read for the kernel, if it is one piece: for the offload header, if the
     /// TAP has one, and the longest packet.
     #[inline]
@@ -193,24 +218,12 @@ impl Framing {
         if self.header > 0 { guest.segments() } else { guest.space() }
     }
 
-    /// Completes a read for which the kernel has written `len` bytes: the offload header, if the
-    /// TAP has one, into the headroom, and the packet after it. If the packet is dropped, posts the
-    /// slot again instead.
+    /// Completes a read for which the kernel has written `len` bytes: the offload header, if the TAP has
+    /// one, into the headroom, and the packet after it. The packet is none that is
+    /// [dropped](Self::drops_packet).
     #[inline]
-    pub(crate) fn complete_received(
-        &self,
-        cx: &mut PollContext<'_>,
-        mut slot: PostedSlot,
-        len: usize,
-    ) {
-        let packet = len.wrapping_sub(self.header);
-        let longest = self.max_packet_size - VLAN_TAG_LEN;
-        if packet > longest && self.is_too_long(&self.front(&mut slot), packet)
-            || self.is_cut(&mut slot, len)
-        {
-            self.count_dropped(len);
-            cx.put_back(slot);
-        } else if self.header > 0 {
+    pub(crate) fn complete_received(&self, cx: &mut PollContext<'_>, slot: PostedSlot, len: usize) {
+        if self.header > 0 {
             cx.complete_read_with_header(slot, len);
         } else {
             cx.complete_read(slot, len);
@@ -220,6 +233,10 @@ impl Framing {
     /// Whether a packet is dropped for which the kernel has written `len` bytes, with its offload
     /// header, into a space of `room` bytes. It is counted then. `front` copies the packet's first
     /// bytes.
+    ///
+    /// A packet that was longer than the space is dropped, too. The kernel has cut it off and does not
+    /// report that, but the packet's IP header states a greater length than has arrived.
+    #[inline]
     pub(crate) fn drops_packet(
         &self,
         len: usize,
@@ -246,7 +263,7 @@ impl Framing {
 
     /// A copy of the first bytes that the kernel has written into a read's buffer, behind the offload
     /// header.
-    fn front(&self, slot: &mut PostedSlot) -> [u8; FRONT] {
+    pub(crate) fn front(&self, slot: &mut PostedSlot) -> [u8; FRONT] {
         let mut front = [0; FRONT];
         if let Some(guest) = slot.guest() {
             guest.copy_to(&mut front);
@@ -263,24 +280,6 @@ impl Framing {
         let Drops { malformed, too_big, .. } = &*self.drops;
         let counter = if len < self.header { malformed } else { too_big };
         counter.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// Whether the packet was longer than the buffer and the kernel has cut it off. The kernel does
-    /// not report this, but the packet's IP header states a greater length than has arrived.
-    #[inline]
-    fn is_cut(&self, slot: &mut PostedSlot, len: usize) -> bool {
-        let space = match self.to_read(slot) {
-            Space::Piece(_, space) => space,
-            Space::Scattered => self.scattered_space(slot),
-            Space::Lacking => return false,
-        };
-        len == space && promises_more(&self.front(slot), len.wrapping_sub(self.header))
-    }
-
-    #[cold]
-    fn scattered_space(&self, slot: &PostedSlot) -> usize {
-        let segments = slot.guest().into_iter().flat_map(|guest| self.space_of(guest));
-        segments.map(|segment| segment.len() as usize).sum()
     }
 
     /// Takes what the guest writes if it is a DHCP request that this TAP's server handles, and

@@ -19,6 +19,14 @@ use crate::error::{Error, TapError};
 #[derive(Debug)]
 pub(crate) struct TapQueueFd(OwnedFd);
 
+#[cfg(test)]
+impl TapQueueFd {
+    /// Any non-blocking descriptor in the place of a TAP's.
+    pub(super) fn over(fd: OwnedFd) -> Self {
+        Self(fd)
+    }
+}
+
 impl AsRawFd for TapQueueFd {
     fn as_raw_fd(&self) -> RawFd {
         self.0.as_raw_fd()

@@ -560,11 +560,17 @@ impl UringState {
                             Some(front) if *front == number => drop(order.pop_front()),
                             _ => order.retain(|other| *other != number),
                         }
-                        if let Some(slot) = reads[usize::from(number)].take() {
+                        if let Some(mut slot) = reads[usize::from(number)].take() {
                             free_reads.push(number);
-                            match usize::try_from(cqe.result()) {
-                                Ok(len) => framing.complete_received(cx, slot, len),
-                                Err(_) => cx.put_back(slot),
+                            let received = usize::try_from(cqe.result());
+                            match (received, framing.to_read(&mut slot)) {
+                                (Ok(len), Space::Piece(_, room))
+                                    if !framing
+                                        .drops_packet(len, room, || framing.front(&mut slot)) =>
+                                {
+                                    framing.complete_received(cx, slot, len);
+                                }
+                                _ => cx.put_back(slot),
                             }
                         }
                     }
