@@ -18,8 +18,8 @@ pub(super) const URING_WRITES: u16 = 256;
 pub(super) const URING_COMPLETIONS: u32 = 2048;
 
 /// The largest number of `read(2)` or `write(2)` calls that follow each other with nothing between them.
-/// A poll takes up to 256 slots; a run that is half as long keeps their places in 2 KiB.
-pub(super) const RUN_MAX: usize = 128;
+/// The places of such a run take 512 bytes.
+pub(super) const RUN_MAX: usize = 32;
 
 /// The largest number of segments of a guest's packet that the kernel sends by one call: 64 KiB in
 /// pages of 4 KiB, a header, and two pages that are not full. A packet with more goes through a frame.
