@@ -405,6 +405,8 @@ pub struct Inbox<B> {
     buffers: Box<[UnsafeCell<Option<B>>]>,
     overflow: Overflow,
     max_frame: usize,
+    /// The number of posted cells minus one.
+    mask: usize,
     /// The least bytes of a buffer whose pointer is in `buffer_ptrs`. No buffer has as many if the
     /// inbox has headers, so senders to other inboxes need not ask.
     least_bytes: usize,
@@ -487,6 +489,7 @@ impl<B: PacketBuffer> Inbox<B> {
             buffers: (0..depth).map(|_| UnsafeCell::new(None)).collect(),
             overflow: Overflow::new(overflow as usize, header_len + max_frame),
             max_frame,
+            mask: depth as usize - 1,
             least_bytes: if headers { usize::MAX } else { max_frame },
         }
     }
@@ -792,25 +795,23 @@ impl<B: PacketBuffer> Inbox<B> {
             .map(drop)
     }
 
-    /// The position of a cell in the three arrays. They have the same length, a power of two.
+    /// The position of a cell in the arrays. They have the same length, a power of two.
     #[inline]
     fn cell_index(&self, index: u32) -> usize {
-        index as usize & (self.buffer_ptrs.len() - 1)
+        index as usize & self.mask
     }
 
     /// The state of the posted cell `index`.
     #[inline]
     fn cell_state(&self, index: u32) -> &AtomicU64 {
-        // SAFETY: `cell_index` is below the number of buffer pointers, and `starting_at` makes as
-        // many cell states.
+        // SAFETY: `cell_index` is below the number of cells, and `build` makes as many cell states.
         unsafe { self.cell_states.get_unchecked(self.cell_index(index)) }
     }
 
     /// Where the collector keeps the buffer of the posted cell `index`.
     #[inline]
     fn buffer_cell(&self, index: u32) -> &UnsafeCell<Option<B>> {
-        // SAFETY: `cell_index` is below the number of buffer pointers, and `starting_at` makes as
-        // many buffer cells.
+        // SAFETY: `cell_index` is below the number of cells, and `build` makes as many buffer cells.
         unsafe { self.buffers.get_unchecked(self.cell_index(index)) }
     }
 
@@ -831,7 +832,7 @@ impl<B: PacketBuffer> Inbox<B> {
     /// Where the bytes of the buffer of the posted cell `index` are.
     #[inline]
     fn buffer_ptr(&self, index: u32) -> &UnsafeCell<*mut u8> {
-        // SAFETY: `cell_index` is below the number of buffer pointers.
+        // SAFETY: `cell_index` is below the number of cells, and `build` makes as many pointers.
         unsafe { self.buffer_ptrs.get_unchecked(self.cell_index(index)) }
     }
 

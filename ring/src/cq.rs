@@ -248,6 +248,12 @@ impl CqProducer {
         self.skips.count();
     }
 
+    /// The queue, and the slots that [`publish`](Self::publish) frees.
+    #[inline(always)]
+    pub(crate) fn parts_mut(&mut self) -> (&mut Producer<Cqe>, &mut Freed) {
+        (&mut self.cq, &mut self.freed)
+    }
+
     /// Writes the completion of a read or write, which the reaper sees after
     /// [`publish`](Self::publish).
     ///

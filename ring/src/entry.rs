@@ -265,6 +265,12 @@ impl Sqe {
         matches!(self.opcode, Opcode::Read | Opcode::Write)
     }
 
+    /// Whether this asks for `opcode`, and has no flags but `flags`.
+    #[inline(always)]
+    pub(crate) fn is_plain(&self, opcode: Opcode, flags: u32) -> bool {
+        self.opcode == opcode && self.flags & !flags == 0
+    }
+
     /// The `user_data` of the entries to cancel. Only meaningful in a cancel.
     #[inline]
     pub fn target(&self) -> u64 {
@@ -283,6 +289,19 @@ impl Cqe {
     ) -> Self {
         let (outcome, code) = outcome.encode();
         Self { user_data, range, region, opcode, outcome, code }
+    }
+
+    /// The completion of a read or write that is done, with the same slot and the same packet.
+    #[inline(always)]
+    pub(crate) fn of(sqe: &Sqe) -> Self {
+        Self::packet(sqe.opcode, sqe.region, sqe.range, sqe.user_data, Outcome::Done)
+    }
+
+    /// Sets the packet's length.
+    #[inline(always)]
+    pub(crate) fn with_len(mut self, len: u32) -> Self {
+        self.range.set_len(len);
+        self
     }
 
     /// Says that the rest of the packet is in the `more` next completions. The entry must be done.

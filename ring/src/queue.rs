@@ -34,9 +34,9 @@ struct Shared<T: Entry> {
     regions: Regions,
 }
 
-// SAFETY: the one producer writes a cell while its index is outside head..tail, in `push`. The one
-// consumer reads it while its index is inside, in `peek`, and exchanges two of these cells, in
-// `swap`. The two indices hand the cell over (see the module's documentation). `queue` makes one
+// SAFETY: the one producer writes a cell while its index is outside head..tail, in `push` and in
+// `move_to`. The one consumer reads it while its index is inside, in `peek`, and exchanges two of these
+// cells, in `swap`. The two indices hand the cell over (see the module's documentation). `queue` makes one
 // producer and one consumer, and neither is `Clone`. `T` is plain data.
 unsafe impl<T: Entry + Send> Sync for Shared<T> {}
 // SAFETY: the fields are atomics, plain data that is `Send`, and pools, which are `Send`.
@@ -45,6 +45,25 @@ unsafe impl<T: Entry + Send> Send for Shared<T> {}
 impl<T: Entry> Shared<T> {
     #[inline]
     fn cell(&self, index: u32) -> &UnsafeCell<MaybeUninit<T>> {
+        self.cells().get(index)
+    }
+
+    #[inline(always)]
+    fn cells(&self) -> Cells<'_, T> {
+        Cells { cells: &self.cells, mask: self.mask }
+    }
+}
+
+/// The cells of a queue, for a loop that finds many of them.
+#[derive(Clone, Copy)]
+struct Cells<'q, T> {
+    cells: &'q [UnsafeCell<MaybeUninit<T>>],
+    mask: u32,
+}
+
+impl<'q, T> Cells<'q, T> {
+    #[inline(always)]
+    fn get(self, index: u32) -> &'q UnsafeCell<MaybeUninit<T>> {
         // SAFETY: `queue` made `mask + 1` cells, and neither the mask nor the cells change
         // afterwards.
         unsafe { self.cells.get_unchecked((index & self.mask) as usize) }
@@ -159,6 +178,13 @@ impl<T: Entry> Producer<T> {
             return true;
         }
         self.refresh_space() > 0
+    }
+
+    /// How many entries fit, if they are fewer than `wanted`. Else it may be fewer than really fit.
+    #[inline]
+    fn space_for(&self, wanted: u32) -> u32 {
+        let space = self.capacity() - self.tail.get().wrapping_sub(self.head_seen.get());
+        if space >= wanted { space } else { self.refresh_space() }
     }
 
     /// Loads the consumer's index and returns how many entries fit now. More may fit at any time
@@ -345,18 +371,59 @@ impl<T: Entry> Consumer<T> {
         self.shared.head.store(self.head, Ordering::Release);
     }
 
+    /// Moves the oldest known entries to another queue, `N` at a time and at most `most` times: `make`
+    /// sees copies of `N` of them, and returns the entries that take their places. Returns how often this
+    /// was done. It ends when `make` returns `None`, or when there are no `N` entries or free cells more.
+    ///
+    /// While `make` runs, the entries are still in this queue. So if it panics, they stay there, and the
+    /// other queue has those before them. Nothing between the two queues can panic.
+    #[inline(always)]
+    pub(crate) fn move_to<U: Entry, const N: usize>(
+        &mut self,
+        to: &mut Producer<U>,
+        most: u32,
+        mut make: impl FnMut([T; N], &Regions) -> Option<[U; N]>,
+    ) -> u32 {
+        let count = N as u32;
+        let most = most.min(self.known() / count);
+        let most = most.min(to.space_for(most.saturating_mul(count)) / count);
+        // `make` writes to memory. In variables of this function, these are not loaded again after that.
+        let (from_cells, to_cells) = (self.shared.cells(), to.shared.cells());
+        let regions = &self.shared.regions;
+        for moved in 0..most {
+            let (head, tail) = (self.head, to.tail.get());
+            let entries = core::array::from_fn(|i| {
+                let cell = from_cells.get(head.wrapping_add(i as u32));
+                // SAFETY: `moved < known / N`, so the index is before `tail_seen`, which `refresh` loaded
+                // with Acquire. The entry is not taken, so no `retire` has stored a head beyond it.
+                unsafe { peek(cell, |entry| *entry) }
+            });
+            let Some(made) = make(entries, regions) else { return moved };
+            self.head = head.wrapping_add(count);
+            for (i, entry) in made.into_iter().enumerate() {
+                to_cells.get(tail.wrapping_add(i as u32)).with_mut(|cell| {
+                    // SAFETY: `space_for` saw that this cell is free, as `has_space` does for `push`, and
+                    // `to` is exclusively borrowed since then.
+                    unsafe { (*cell).write(entry) };
+                });
+            }
+            to.tail.set(tail.wrapping_add(count));
+        }
+        most
+    }
+
     /// The length of the leading run, at most `most`, of known entries for which `like` returns
     /// true.
     #[inline(always)]
     pub(crate) fn leading(&self, most: u32, mut like: impl FnMut(&T, &Regions) -> bool) -> u32 {
         let most = self.known().min(most);
+        let (cells, regions, head) = (self.shared.cells(), &self.shared.regions, self.head);
         let mut count = 0;
         while count < most {
-            let cell = self.shared.cell(self.head.wrapping_add(count));
+            let cell = cells.get(head.wrapping_add(count));
             // SAFETY: `count < known`, so the index is before `tail_seen`, which `refresh` loaded
-            // with
-            // Acquire. The entry is not taken, so no `retire` has stored a head beyond it.
-            if !unsafe { peek(cell, |entry| like(entry, &self.shared.regions)) } {
+            // with Acquire. The entry is not taken, so no `retire` has stored a head beyond it.
+            if !unsafe { peek(cell, |entry| like(entry, regions)) } {
                 break;
             }
             count += 1;

@@ -5,7 +5,7 @@ use crate::frame::Frame;
 use crate::guest::segments::SegmentTable;
 use crate::pool::Pool;
 use crate::slots::PoolInner;
-use alloc::boxed::Box;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::ptr::NonNull;
 
@@ -16,8 +16,8 @@ pub struct Regions {
     /// Another handle to the first pool, which in most rings is the only one. Here, finding it
     /// costs one load.
     first: Pool,
-    /// The pools, and the pools of the segment tables behind them.
-    all: Box<[Pool]>,
+    /// The pools, and the pools of the segment tables behind them. Clones share the list.
+    all: Arc<[Pool]>,
     /// The number of pools that are no segment table's.
     pools: usize,
 }
@@ -27,20 +27,25 @@ impl Regions {
     pub fn new(pools: Vec<Pool>) -> Option<Self> {
         let first = pools.first()?.clone();
         let count = pools.len();
-        (count <= 1 << 16).then(|| Self { first, all: pools.into_boxed_slice(), pools: count })
+        (count <= 1 << 16).then(|| Self { first, all: pools.into(), pools: count })
     }
 
     /// Adds a segment table, whose buffers may be in the ring's queues from then on. `None` if there
     /// are more than 2^16 pools and tables.
     pub fn with_segment_table(self, table: &SegmentTable) -> Option<Self> {
-        let mut all = self.all.into_vec();
-        all.push(table.pool().clone());
-        (all.len() <= 1 << 16).then(|| Self { all: all.into_boxed_slice(), ..self })
+        let all: Arc<[Pool]> = self.all.iter().chain([table.pool()]).cloned().collect();
+        (all.len() <= 1 << 16).then(|| Self { all, ..self })
     }
 
     /// The pools, in the order of their region numbers.
     pub fn pools(&self) -> &[Pool] {
         &self.all[..self.pools]
+    }
+
+    /// Whether a region number means the same in both, because one is a clone of the other.
+    #[inline]
+    pub(crate) fn are_those(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.all, &other.all)
     }
 
     /// Whether there is a segment table.

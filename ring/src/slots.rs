@@ -14,6 +14,8 @@
 //!   - Frame to entry: `SqProducer::push` and `CqProducer::push` take the frame apart with
 //!     `Frame::into_raw`. If the entry was not written, `SqProducer` makes the frame again, and
 //!     `CqProducer` frees the slot.
+//!   - Entry of the SQ to entry of the CQ: `Consumer::move_to`. For a guest's buffer, to a list of
+//!     [`Freed`]: `SqConsumer::end_writes`.
 //!   - Entry to frame: `Regions::frame_of`, after a consumer has taken the entry, or when the queue
 //!     itself is dropped.
 //!

@@ -4,10 +4,10 @@
 //! entry is taken.
 
 use crate::buffer::Buffer;
-use crate::cq::CqConsumer;
+use crate::cq::{CqConsumer, CqProducer};
 use crate::credits::{Class, CreditTaker};
-use crate::entry::{GUEST, Opcode, SKIP_SUCCESS, Sqe};
-use crate::frame::Frame;
+use crate::entry::{Cqe, Entry, GUEST, Opcode, Outcome, SKIP_SUCCESS, Sqe};
+use crate::frame::{Frame, free_with};
 use crate::guest::buffer::GuestBuffer;
 use crate::queue::{Consumer, Front, Producer, debug_by_queue};
 use crate::regions::Regions;
@@ -310,6 +310,77 @@ impl SqConsumer {
         })
     }
 
+    /// Ends the oldest known submissions as done, at most `most`, as long as they are writes that want a
+    /// completion and `send` returns true: their entries move to the CQ of the same ring. `send` sees each
+    /// packet. Returns how many there were.
+    ///
+    /// This is for a device that ends each write at once. It does what [`front`](Self::front),
+    /// [`SqeRef::take`] and [`CqProducer::push`] do, but the packet's pool is not looked for.
+    #[inline(always)]
+    pub fn end_writes(
+        &mut self,
+        cq: &mut CqProducer,
+        most: u32,
+        mut send: impl FnMut(&Buffer) -> bool,
+    ) -> u32 {
+        let (cq, freed) = cq.parts_mut();
+        self.move_to_cq(cq, most, |[write], regions| {
+            // SAFETY: `move_to_cq` gives entries that stay in the queue meanwhile.
+            let packet = unsafe { frame_in_queue(&write, Opcode::Write, GUEST, regions) }?;
+            let packet = ManuallyDrop::new(Buffer::from_carrier(ManuallyDrop::into_inner(packet)));
+            if !send(&packet) {
+                return None;
+            }
+            if !packet.is_guest() {
+                return Some([Cqe::of(&write)]);
+            }
+            let (pool, (_, range)) = (packet.carrier().pool_ptr(), write.slot());
+            // SAFETY: the entry owns the slot ("one place per slot"). It leaves the queue when this returns,
+            // and nothing can panic before. The completion that takes its place has no slot.
+            unsafe { free_with(pool, range, freed) };
+            Some([Cqe::without_slot(Opcode::Write, range.len(), write.user_data(), Outcome::Done)])
+        })
+    }
+
+    /// Ends the oldest known submissions as done, at most `most` pairs of a write and the read behind it,
+    /// as [`end_writes`](Self::end_writes) does. `pass` sees the packet and the space in the read's frame,
+    /// and returns whether it has copied the packet there. Returns how many pairs there were.
+    #[inline(always)]
+    pub fn end_pairs(
+        &mut self,
+        cq: &mut CqProducer,
+        most: u32,
+        mut pass: impl FnMut(&[u8], &mut [u8]) -> bool,
+    ) -> u32 {
+        let (cq, _) = cq.parts_mut();
+        self.move_to_cq(cq, most, |[write, read], regions| {
+            // SAFETY: as in `end_writes`.
+            let from = unsafe { frame_in_queue(&write, Opcode::Write, 0, regions) }?;
+            // SAFETY: the same. The two entries have different slots ("one place per slot").
+            let mut to = unsafe { frame_in_queue(&read, Opcode::Read, 0, regions) }?;
+            let packet = from.bytes()?;
+            if to.set_len(packet.len()).is_err() || !pass(packet, &mut to) {
+                return None;
+            }
+            Some([Cqe::of(&write), Cqe::of(&read).with_len(packet.len() as u32)])
+        })
+    }
+
+    /// Moves entries to the CQ, unless it is another ring's.
+    #[inline(always)]
+    fn move_to_cq<const N: usize>(
+        &mut self,
+        cq: &mut Producer<Cqe>,
+        most: u32,
+        make: impl FnMut([Sqe; N], &Regions) -> Option<[Cqe; N]>,
+    ) -> u32 {
+        // So an entry's region number and slot mean in the CQ what they mean here.
+        if !self.sq.regions().are_those(cq.regions()) {
+            return 0;
+        }
+        self.sq.move_to(cq, most, make)
+    }
+
     /// The next submission among those that [`ready`](Self::ready) saw.
     #[inline]
     pub fn pop(&mut self) -> Option<Submission> {
@@ -364,6 +435,24 @@ impl SqeRef<'_> {
             (Buffer::from_carrier(unsafe { regions.frame_of(sqe) }), sqe.user_data())
         })
     }
+}
+
+/// The frame of an entry that asks for `wanted` and has no flags but `flags`. It may be the carrier of a
+/// guest's buffer if [`GUEST`] is among these. It is only looked at.
+///
+/// # Safety
+///
+/// The entry is one of the SQ with these regions, and stays there as long as the frame is used.
+#[inline(always)]
+unsafe fn frame_in_queue(
+    sqe: &Sqe,
+    wanted: Opcode,
+    flags: u32,
+    regions: &Regions,
+) -> Option<ManuallyDrop<Frame>> {
+    // SAFETY: `SqProducer::push` wrote the entry by a frame of these regions, and `wanted` is a packet's
+    // opcode. The entry goes on owning its slot: `ManuallyDrop` does not free it.
+    sqe.is_plain(wanted, flags).then(|| ManuallyDrop::new(unsafe { regions.frame_of(sqe) }))
 }
 
 #[inline(always)]

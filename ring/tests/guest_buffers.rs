@@ -9,8 +9,8 @@ use vmring_core::guest::{
     GuestBufferError, GuestFault, GuestMapping, GuestMemory, GuestRegion, SEGMENTS_MAX,
 };
 use vmring_core::{
-    Class, Depths, GuestBuffer, HeapBacking, Layout, Outcome, Pool, Regions, SegmentTable,
-    Submission, rings,
+    Class, Depths, GuestBuffer, HeapBacking, Layout, Outcome, Pool, Regions, SKIP_SUCCESS,
+    SegmentTable, Submission, rings,
 };
 
 fn memory(len: usize) -> (Arc<dyn GuestMapping>, GuestMemory) {
@@ -416,4 +416,35 @@ proptest! {
         kept.clear();
         prop_assert_eq!(table.slots_in_use(), 0);
     }
+}
+
+/// Goal: a guest's write that ends where it is gives its slots back before its completion is seen, one of
+/// several slots too. Method: one buffer of one segment, and one of six, which takes two slots.
+#[test]
+fn a_guests_write_ends_in_its_queue() {
+    let table = table(0x1000, 16);
+    let regions = Regions::new(vec![pool()]).and_then(|r| r.with_segment_table(&table));
+    let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
+        rings(Depths::new(1, 3, 1), regions.expect("two regions"), u32::MAX);
+    let one = table.buffer([(0, 72)], 12).expect("valid");
+    let many = table.buffer((0..6).map(|i| (i * 0x100, 12)), 12).expect("valid");
+    for (number, buffer) in [(1, one), (2, many)] {
+        sq_producer.push_guest(Class::Write, 0, buffer, number).expect("a credit");
+    }
+    let skipping = table.buffer([(0, 20)], 0).expect("valid");
+    sq_producer.push_guest(Class::Write, SKIP_SUCCESS, skipping, 3).expect("a credit");
+    sq_producer.publish();
+    sq_consumer.ready();
+    let mut seen = Vec::new();
+    let ended = sq_consumer.end_writes(&mut cq_producer, 9, |packet| {
+        seen.extend(packet.guest().map(|guest| places(guest.packet()).len()));
+        true
+    });
+    assert_eq!((ended, &seen[..]), (2, &[1, 5][..]));
+    assert_eq!(sq_consumer.known(), 1, "one that skips its completion stays");
+    cq_producer.publish();
+    assert_eq!(table.slots_in_use(), 1);
+    assert_eq!(cq_consumer.ready(), 2);
+    let done = std::iter::from_fn(|| cq_consumer.pop()).map(|it| (it.user_data, it.len));
+    assert_eq!(done.collect::<Vec<_>>(), [(1, 60), (2, 60)]);
 }

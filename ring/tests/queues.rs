@@ -13,9 +13,9 @@ use std::thread;
 use std::time::Duration;
 use vmring_core::doorbell::{Doorbell, Park};
 use vmring_core::{
-    Backing, Class, CqConsumer, CqProducer, CqeRef, Depths, Frame, FrontError, HeapBacking, Layout,
-    LayoutError, Opcode, OutOfSpace, Outcome, Pool, PushError, Reaped, Regions, SKIP_SUCCESS,
-    SqConsumer, SqProducer, Submission, rings,
+    Backing, Buffer, Class, CqConsumer, CqProducer, CqeRef, Depths, Frame, FrontError, HeapBacking,
+    Layout, LayoutError, Opcode, OutOfSpace, Outcome, Pool, PushError, Reaped, Regions,
+    SKIP_SUCCESS, SqConsumer, SqProducer, Submission, rings,
 };
 
 /// The default configuration. Failing cases are kept beside those of the other crates.
@@ -113,6 +113,16 @@ enum Op {
         most: u32,
         len: usize,
     },
+    /// Ends the leading writes whose length is at most `len`, in their places.
+    EndWrites {
+        most: u32,
+        len: usize,
+    },
+    /// Ends leading pairs of a write and a read whose packet's length is at most `len`.
+    EndPairs {
+        most: u32,
+        len: usize,
+    },
     /// Completes one of the entries that the poller has, in any order.
     Complete {
         which: usize,
@@ -162,6 +172,8 @@ fn op() -> impl Strategy<Value = Op> {
         40 => Just(Op::Retire),
         30 => (any::<bool>(), 0..6_u32, 0..=CAPACITY)
             .prop_map(|(write, most, len)| Op::Leading { write, most, len }),
+        30 => (0..6_u32, 0..=CAPACITY).prop_map(|(most, len)| Op::EndWrites { most, len }),
+        30 => (0..6_u32, 0..=CAPACITY).prop_map(|(most, len)| Op::EndPairs { most, len }),
         70 => (any::<usize>(), outcome, 0..=CAPACITY)
             .prop_map(|(which, outcome, len)| Op::Complete { which, outcome, len }),
         50 => Just(Op::Show),
@@ -465,6 +477,8 @@ impl World {
                 let expected = expected.count() as u32;
                 assert_eq!(sq_consumer.leading(class, most, |bytes| bytes.len() <= len), expected);
             }
+            Op::EndWrites { most, len } => self.end_writes(most, len),
+            Op::EndPairs { most, len } => self.end_pairs(most, len),
             Op::Complete { which, outcome, len } => self.complete(which, outcome, len),
             Op::Show => {
                 let Some(cq_producer) = &mut self.cq_producer else { return };
@@ -590,6 +604,74 @@ impl World {
         assert_eq!((class, user_data), (ask.class(), expected));
         assert_eq!(Some(&self.packet(&frame)), ask.packet());
         self.device.push((user_data, ask, Some(frame)));
+    }
+
+    fn end_writes(&mut self, most: u32, max: usize) {
+        let (Some(sq_consumer), Some(cq_producer)) = (&mut self.sq_consumer, &mut self.cq_producer)
+        else {
+            return;
+        };
+        let mut seen = Vec::new();
+        let ended = sq_consumer.end_writes(cq_producer, most, |packet| {
+            let is_sent = packet.len() <= max;
+            seen.extend(is_sent.then(|| packet.bytes().expect("a frame").to_vec()));
+            is_sent
+        });
+        let known = self.sq.iter().take(self.sq_known.min(most as usize));
+        let expected = known.map_while(|(_, ask)| match ask {
+            Ask::Write(packet) => (packet.bytes.len() <= max).then(|| packet.bytes.clone()),
+            _ => None,
+        });
+        assert_eq!(seen, expected.collect::<Vec<_>>());
+        assert_eq!(ended as usize, seen.len());
+        (0..ended).for_each(|_| self.moved_to_cq(None));
+    }
+
+    fn end_pairs(&mut self, most: u32, max: usize) {
+        let (Some(sq_consumer), Some(cq_producer)) = (&mut self.sq_consumer, &mut self.cq_producer)
+        else {
+            return;
+        };
+        let mut passed = Vec::new();
+        let ended = sq_consumer.end_pairs(cq_producer, most, |packet, space| {
+            assert_eq!(packet.len(), space.len());
+            let is_passed = packet.len() <= max;
+            if is_passed {
+                space.copy_from_slice(packet);
+                passed.push(packet.to_vec());
+            }
+            is_passed
+        });
+        assert_eq!(ended as usize, passed.len());
+        for packet in &passed {
+            self.moved_to_cq(None);
+            self.moved_to_cq(Some(packet));
+        }
+        // Why it has stopped.
+        let next: Vec<_> = self.sq.iter().take(self.sq_known.min(2)).map(|(_, ask)| ask).collect();
+        if ended < most
+            && let [Ask::Write(from), Ask::Read(to)] = next[..]
+        {
+            let space = SLOT_SIZE as usize - to.headroom;
+            assert!(from.bytes.len() > max.min(space), "{from:?} was not passed to {to:?}");
+        }
+    }
+
+    /// The oldest entry of the SQ has moved to the CQ, with this packet if it is a read.
+    fn moved_to_cq(&mut self, received: Option<&Vec<u8>>) {
+        let (user_data, ask) = self.sq.pop_front().expect("it is known");
+        self.sq_known -= 1;
+        self.sq_taken += 1;
+        let ask = match (ask, received) {
+            (Ask::Read(packet), Some(bytes)) => {
+                Ask::Read(Packet { bytes: bytes.clone(), ..packet })
+            }
+            (Ask::Write(packet), None) => Ask::Write(packet),
+            other => panic!("{other:?} was moved"),
+        };
+        let len = ask.packet().expect("a packet").bytes.len() as u32;
+        self.cq.push_back(Done { user_data, ask, outcome: Outcome::Done, len });
+        self.cq_hidden += 1;
     }
 
     fn complete(&mut self, which: usize, outcome: Outcome, len: usize) {
@@ -1634,5 +1716,63 @@ fn three_threads_share_a_ring_and_a_free_list() {
             }
         }
     });
+    assert_eq!(pool.slots_out(), 0);
+}
+
+/// Goal: entries move to the CQ of their own ring only, because a region's number says nothing in another.
+/// Method: two rings of the same pool.
+#[test]
+fn writes_end_in_the_queue_of_their_own_ring() {
+    let pool = pool(2);
+    let ring = || rings(Depths::new(1, 1, 1), Regions::new(vec![pool.clone()]).expect("one"), 0);
+    let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) = ring();
+    let (.., mut foreign) = ring();
+    let mut frame = pool.alloc().expect("a free slot");
+    frame.copy_from(b"packet").expect("it fits");
+    sq_producer.push(Class::Write, frame, 7).expect("a credit");
+    sq_producer.publish();
+    sq_consumer.ready();
+    let all = |_: &Buffer| true;
+    assert_eq!(sq_consumer.end_writes(&mut foreign, 9, all), 0);
+    assert_eq!(sq_consumer.end_pairs(&mut foreign, 9, |_, _| true), 0);
+    assert_eq!(sq_consumer.end_writes(&mut cq_producer, 9, all), 1);
+    cq_producer.publish();
+    cq_consumer.ready();
+    let done = cq_consumer.pop().expect("it is done");
+    assert_eq!((done.user_data, done.opcode, done.outcome), (7, Opcode::Write, Outcome::Done));
+    assert_eq!(done.frame.as_deref(), Some(&b"packet"[..]));
+}
+
+/// Goal: if the device panics while it looks at a write, the write is in one place. Method: a panic at the
+/// second of three; then the first is done, and the others can be taken.
+#[test]
+fn a_panic_leaves_a_write_in_its_queue() {
+    let pool = pool(4);
+    let regions = Regions::new(vec![pool.clone()]).expect("one");
+    let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
+        rings(Depths::new(1, 3, 1), regions, u32::MAX);
+    for number in 0..3 {
+        let frame = pool.alloc().expect("a free slot");
+        sq_producer.push(Class::Write, frame, number).expect("a credit");
+    }
+    sq_producer.publish();
+    sq_consumer.ready();
+    let mut looks = 0;
+    let ended = catch_unwind(AssertUnwindSafe(|| {
+        sq_consumer.end_writes(&mut cq_producer, 9, |_| {
+            looks += 1;
+            assert!(looks < 2, "the device's panic");
+            true
+        })
+    }));
+    assert!(ended.is_err());
+    assert_eq!((sq_consumer.known(), pool.slots_out()), (2, 3));
+    assert_eq!(sq_consumer.end_writes(&mut cq_producer, 1, |_| true), 1);
+    drop((sq_producer, sq_consumer));
+    cq_producer.publish();
+    cq_consumer.ready();
+    let done: Vec<_> = std::iter::from_fn(|| cq_consumer.pop()).map(|it| it.user_data).collect();
+    assert_eq!(done, [0, 1]);
+    drop((cq_consumer, cq_producer));
     assert_eq!(pool.slots_out(), 0);
 }

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use vmring_core::{Buffer, Class, CqProducer, GUEST, Outcome};
+use vmring_core::{Buffer, Class, CqProducer, GUEST, Outcome, SqConsumer};
 
 use crate::Status;
 use crate::device::bounce::{Bounce, Bounced};
@@ -131,6 +131,47 @@ impl Completions {
             self.batch.tx_packets += 1;
             self.batch.tx_bytes += len;
         }
+    }
+
+    /// Completes the oldest writes of the SQ as done, at most `most`; see [`SqConsumer::end_writes`].
+    /// Returns how many there were.
+    #[inline(always)]
+    pub(super) fn end_writes(
+        &mut self,
+        sq_consumer: &mut SqConsumer,
+        most: u32,
+        mut send: impl FnMut(&Buffer) -> bool,
+    ) -> usize {
+        let mut bytes = 0;
+        let ended = sq_consumer.end_writes(&mut self.cq_producer, most, |packet| {
+            let is_sent = send(packet);
+            bytes += if is_sent { packet.len() as u64 } else { 0 };
+            is_sent
+        });
+        self.batch.tx_packets += ended;
+        self.batch.tx_bytes += bytes;
+        ended as usize
+    }
+
+    /// Completes pairs of a write and a read of the SQ as done, at most `most`; see
+    /// [`SqConsumer::end_pairs`]. Returns how many pairs there were.
+    #[inline(always)]
+    pub(super) fn end_pairs(
+        &mut self,
+        sq_consumer: &mut SqConsumer,
+        most: u32,
+        mut pass: impl FnMut(&[u8], &mut [u8]) -> bool,
+    ) -> usize {
+        let mut bytes = 0;
+        let ended = sq_consumer.end_pairs(&mut self.cq_producer, most, |packet, space| {
+            let is_passed = pass(packet, space);
+            bytes += if is_passed { packet.len() as u64 } else { 0 };
+            is_passed
+        });
+        let Batch { rx_packets, tx_packets, rx_bytes, tx_bytes, .. } = &mut self.batch;
+        (*rx_packets, *tx_packets) = (*rx_packets + ended, *tx_packets + ended);
+        (*rx_bytes, *tx_bytes) = (*rx_bytes + bytes, *tx_bytes + bytes);
+        ended as usize
     }
 
     /// Completes a read that has a part of a packet. The rest is in the `more` next ones.

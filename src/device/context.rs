@@ -137,6 +137,43 @@ impl<'a> PollContext<'a> {
         front.is_some_and(|sqe| sqe.class() == Class::Write)
     }
 
+    /// Completes the oldest writes, at most `most`, as long as `send` returns true: it sees each packet,
+    /// and has sent it then. Returns how many there were. It stops at a write that skips its completion,
+    /// and does nothing in a wrapper's inner queue. Take the others one by one.
+    ///
+    /// Such a write does not become a slot in between, which saves most of its cost.
+    #[inline(always)]
+    pub(crate) fn end_writes(&mut self, most: usize, send: impl FnMut(&Buffer) -> bool) -> usize {
+        let most = most.min(self.left[1]);
+        let Some((sq_consumer, completions)) = self.queues() else { return 0 };
+        let ended = completions.end_writes(sq_consumer, clamped(most), send);
+        self.left[1] -= ended;
+        ended
+    }
+
+    /// Completes the oldest submissions, as long as they are a write and the read behind it, each pair
+    /// with one packet, and `pass` returns true: it sees the packet and the read's space, and has copied
+    /// the packet then. It stops as [`end_writes`](Self::end_writes) does.
+    #[inline(always)]
+    pub(crate) fn end_pairs(&mut self, pass: impl FnMut(&[u8], &mut [u8]) -> bool) {
+        let most = self.left[0].min(self.left[1]);
+        let Some((sq_consumer, completions)) = self.queues() else { return };
+        let ended = completions.end_pairs(sq_consumer, clamped(most), pass);
+        self.left = self.left.map(|left| left - ended);
+    }
+
+    /// The ring's two queues, if nothing is older than what is in the SQ.
+    #[inline(always)]
+    fn queues(&mut self) -> Option<(&mut SqConsumer, &mut Completions)> {
+        let is_first = self.posted.reads.is_empty() && self.posted.writes.is_empty();
+        match &mut self.sink {
+            Sink::Ring(completions) if is_first => {
+                self.sq_consumer.as_deref_mut().map(|sq_consumer| (sq_consumer, &mut **completions))
+            }
+            _ => None,
+        }
+    }
+
     /// The length of the longest run of writes, from the oldest on, that can be taken and for which
     /// `like` returns true. This may be an undercount: the run may go on behind the end of one
     /// list.
@@ -144,11 +181,10 @@ impl<'a> PollContext<'a> {
     pub(crate) fn leading_writes(&mut self, mut like: impl FnMut(&Buffer) -> bool) -> usize {
         let most = self.left[1];
         if self.posted.writes.is_empty() && self.is_write_next() {
-            let most = u32::try_from(most).unwrap_or(u32::MAX);
             return self
                 .sq_consumer
                 .as_ref()
-                .map_or(0, |sq_consumer| sq_consumer.leading(Class::Write, most, like))
+                .map_or(0, |sq_consumer| sq_consumer.leading(Class::Write, clamped(most), like))
                 as usize;
         }
         self.post_from_sq();
@@ -455,6 +491,12 @@ impl<'a> PollContext<'a> {
     fn is_a_ring(&self) -> bool {
         self.ring != 0
     }
+}
+
+/// A number of slots as the queues count them.
+#[inline(always)]
+fn clamped(slots: usize) -> u32 {
+    u32::try_from(slots).unwrap_or(u32::MAX)
 }
 
 /// The slots of a ring that are posted and not taken, each list in the order of submission.

@@ -71,7 +71,7 @@ use vmring_core::{Buffer, Frame, GuestBuffer};
 use vmring_embedded::inbox::{Collected, PortWake};
 use vmring_embedded::network::{PortConfig, Registry};
 use vmring_embedded::packet::Packet;
-use vmring_embedded::port::{Port, Receiver, Sender};
+use vmring_embedded::port::{Port, Receiver, Run, Sender};
 use vmring_embedded::{
     Accepted, AddressRange, DropReason, Monitor, Network, NetworkConfig, NetworkMode, NextFrame,
     PortPolicy, Sent,
@@ -756,20 +756,38 @@ fn send<const MAY_ASK: bool>(
         if let Some(header) = header
             && let Some(mut run) = tx.run(header.bytes(), wanted, |each| next_writes(cx, each))
         {
-            while run.left() > 0
-                && let Some(slot) = cx.take_write()
-            {
-                match slot.packet() {
-                    Some(packet) => run.put(packet),
-                    None => slot.guest().is_some_and(|guest| run.put_guest(guest)),
-                };
-                cx.complete_write(slot);
+            cx.end_writes(run.left(), |packet| put(&mut run, packet));
+            // Those that skip their completions, or are not in the SQ.
+            if run.left() > 0 {
+                put_slots(cx, &mut run);
             }
         } else {
             send_singly(cx, tx, wanted.max(1), offloads);
         }
     }
     tx.flush();
+}
+
+/// Sends writes of a run that [`PollContext::end_writes`] has left.
+#[cold]
+#[inline(never)]
+fn put_slots(cx: &mut PollContext<'_>, run: &mut Run<'_, PostedSlot>) {
+    while run.left() > 0
+        && let Some(slot) = cx.take_write()
+    {
+        put(run, slot.buffer());
+        cx.complete_write(slot);
+    }
+}
+
+/// Copies a packet of a run. Returns true.
+#[inline(always)]
+fn put(run: &mut Run<'_, PostedSlot>, packet: &Buffer) -> bool {
+    match packet.bytes() {
+        Some(bytes) => run.put(bytes),
+        None => packet.guest().is_some_and(|guest| run.put_guest(guest)),
+    };
+    true
 }
 
 /// Shows the next writes, in order, until `each` returns false.
@@ -870,12 +888,14 @@ impl Header {
 
 /// The Ethernet header of a frame, if the network takes frames of this length: the header alone to
 /// `max` bytes. `None` otherwise; `send_singly` finds out what is wrong.
-#[inline]
+#[inline(always)]
 fn ethernet_of(packet: &Buffer, max: usize) -> Option<Header> {
+    if packet.len() > max {
+        return None;
+    }
     match packet.bytes() {
-        Some(bytes) if bytes.len() <= max => Some(Header::new(bytes.first_chunk()?)),
-        None if packet.len() <= max => ethernet_of_guest(packet),
-        _ => None,
+        Some(bytes) => bytes.first_chunk().map(Header::new),
+        None => ethernet_of_guest(packet),
     }
 }
 

@@ -301,6 +301,11 @@ fn is_sendable(packet: &Buffer, max: usize) -> bool {
 /// than its read.
 #[inline(always)]
 fn pass(cx: &mut PollContext<'_>) -> bool {
+    // Those that were submitted by turns, as a loop that submits again what it has reaped does.
+    cx.end_pairs(|packet, space| {
+        space.copy_from_slice(packet);
+        true
+    });
     while let Some(from) = cx.take_write() {
         let Some(mut to) = cx.take_read() else {
             cx.put_back(from);
