@@ -1135,6 +1135,17 @@ impl<'a, B: PacketBuffer> Claim<'a, B> {
             self.end_packet(frame.len());
             return true;
         }
+        self.fill_other_guest(frame, header)
+    }
+
+    /// As [`fill_guest`](Self::fill_guest), for buffers of any shape. It is apart, so that the usual packet
+    /// stays in registers.
+    #[inline(never)]
+    fn fill_other_guest(
+        &mut self,
+        frame: &GuestBuffer,
+        header: &[u8; ETHERNET_HEADER_LEN],
+    ) -> bool {
         self.fill_packet(Packet::with_header(frame, header))
     }
 

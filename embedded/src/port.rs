@@ -620,7 +620,8 @@ impl<B: PacketBuffer> Sender<B> {
         };
         touched[index / 64] |= 1 << (index % 64);
         touched_queues[index].add(number);
-        Some(Run { claim, counts, longest: network.max_untagged_size, header })
+        let longest = network.max_untagged_size;
+        Some(Run { claim, counts, packets: 0, bytes: 0, longest, header })
     }
 
     /// Begins a batch, if none has begun: reads the clock once, for all its frames.
@@ -1111,6 +1112,9 @@ fn counter_of(reason: DropReason) -> SendCounter {
 pub struct Run<'a, B: PacketBuffer> {
     claim: Claim<'a, B>,
     counts: &'a mut [u64; SEND_COUNTERS],
+    /// What was put, which is counted when the run is dropped.
+    packets: u64,
+    bytes: u64,
     /// The longest frame that can be put.
     longest: usize,
     /// What each frame begins with.
@@ -1143,6 +1147,7 @@ impl<B: PacketBuffer> Run<'_, B> {
 
     /// As [`put`](Self::put), for a packet in the memory of a guest. The receiver gets the run's
     /// header, whatever the guest has written there since it was read.
+    #[inline]
     pub fn put_guest(&mut self, frame: &GuestBuffer) -> bool {
         let done = frame.len() <= self.longest && self.claim.fill_guest(frame, &self.header);
         self.count(done, frame.len());
@@ -1152,9 +1157,17 @@ impl<B: PacketBuffer> Run<'_, B> {
     #[inline]
     fn count(&mut self, done: bool, len: usize) {
         if done {
-            self.counts[SendCounter::Packets as usize] += 1;
-            self.counts[SendCounter::Bytes as usize] += len as u64;
+            self.packets += 1;
+            self.bytes += len as u64;
         }
+    }
+}
+
+impl<B: PacketBuffer> Drop for Run<'_, B> {
+    #[inline]
+    fn drop(&mut self) {
+        self.counts[SendCounter::Packets as usize] += self.packets;
+        self.counts[SendCounter::Bytes as usize] += self.bytes;
     }
 }
 

@@ -142,11 +142,20 @@ impl OffloadState {
     pub(crate) const TO_SEND: Self = Self(2);
     /// The slot holds no packet, but the list of the places where a guest has it.
     pub(crate) const GUEST: Self = Self(1 << 31);
+    /// The same, and the packet's place may be in several pieces.
+    pub(crate) const GUEST_IN_PIECES: Self = Self(1 << 31 | 1 << 30);
 
     /// Whether the slot holds the list of a guest's buffer.
     #[inline(always)]
     pub(crate) fn is_guest(self) -> bool {
         self.0 & Self::GUEST.0 != 0
+    }
+
+    /// Whether the slot holds the list of a guest's buffer that may be in several pieces, and so have
+    /// further slots.
+    #[inline(always)]
+    pub(crate) fn is_in_pieces(self) -> bool {
+        self.0 & Self::GUEST_IN_PIECES.0 == Self::GUEST_IN_PIECES.0
     }
 }
 

@@ -127,10 +127,26 @@ impl Frame {
     /// Says that the slot holds the list of a guest's buffer, whose packet has `len` bytes. The frame
     /// itself has no bytes then: its capacity is 0, so [`set_len`](Self::set_len) refuses it, and code
     /// in the hot path need not ask which of the two it is.
+    ///
+    /// `state` is [`OffloadState::GUEST`] if the list has one segment, and so no further slots. Else it is
+    /// [`OffloadState::GUEST_IN_PIECES`].
     #[inline]
-    pub(crate) fn mark_guest(&mut self, len: u32) {
+    pub(crate) fn mark_guest(&mut self, len: u32, state: OffloadState) {
         let end = self.pool().layout.slot_size;
-        self.range = SlotRange::new(self.range.slot(), end, len, OffloadState::GUEST);
+        self.range = SlotRange::new(self.range.slot(), end, len, state);
+    }
+
+    /// Sets the length of a guest's packet.
+    #[inline(always)]
+    pub(crate) fn set_guest_len(&mut self, len: u32) {
+        debug_assert!(self.is_guest());
+        self.range.set_len(len);
+    }
+
+    /// Whether the list of a guest's buffer may have several segments.
+    #[inline(always)]
+    pub(crate) fn is_in_pieces(&self) -> bool {
+        self.range.offload_state().is_in_pieces()
     }
 
     /// The packet's bytes. `None` for the frame that a guest's buffer begins with, unless its packet is
@@ -439,7 +455,7 @@ unsafe fn free(pool: NonNull<PoolInner>, range: SlotRange) {
 #[inline(always)]
 pub(crate) unsafe fn free_with(pool: NonNull<PoolInner>, range: SlotRange, freed: &mut Freed) {
     // SAFETY: as in `free`.
-    if range.offload_state().is_guest() && unsafe { has_links(pool, range.slot()) } {
+    if range.offload_state().is_in_pieces() && unsafe { has_links(pool, range.slot()) } {
         // SAFETY: the caller gives up the slot that it owns.
         return unsafe { free(pool, range) };
     }

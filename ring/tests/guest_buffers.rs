@@ -448,3 +448,35 @@ fn a_guests_write_ends_in_its_queue() {
     let done = std::iter::from_fn(|| cq_consumer.pop()).map(|it| (it.user_data, it.len));
     assert_eq!(done.collect::<Vec<_>>(), [(1, 60), (2, 60)]);
 }
+
+/// Goal: the entry of a buffer says whether it is in one piece, however it was made and whatever became of its
+/// length. Method: lists of none, one and several segments, with empty ranges between.
+#[test]
+fn one_segment_is_one_piece() {
+    let mut table = table(0x1000, 64);
+    let memory = table.memory().clone();
+    let slice = |address, len| memory.slice(address, len).expect("it is in the region");
+    let ranges: [&[(u64, u32)]; 5] = [
+        &[],
+        &[(8, 0)],
+        &[(8, 0), (16, 40), (9, 0)],
+        &[(16, 20), (64, 20)],
+        &[(0, 8), (8, 8), (16, 8), (24, 8), (32, 8), (40, 8)],
+    ];
+    for ranges in ranges {
+        let segments = ranges.iter().filter(|(_, len)| *len > 0).count();
+        let one_by_one = table.buffer(ranges.iter().copied(), 0).expect("valid");
+        let of_slices = ranges.iter().map(|(address, len)| slice(*address, *len));
+        let together = table.buffer_of(of_slices, 0).expect("valid");
+        for mut buffer in [one_by_one, together] {
+            for len in [buffer.capacity(), 0] {
+                buffer.set_len(len).expect("it has as many");
+                assert_eq!(buffer.in_one_piece().is_some(), segments == 1, "{ranges:?}");
+                assert_eq!(buffer.segments().count(), segments);
+            }
+            buffer.set_part_len(0).expect("any buffer has none");
+            assert_eq!(buffer.in_one_piece().is_some(), segments == 1, "{ranges:?}");
+        }
+        assert_eq!(table.slots_in_use(), 0, "{ranges:?}");
+    }
+}

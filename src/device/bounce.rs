@@ -217,6 +217,19 @@ pub(super) fn set_part_len(buffer: &mut Buffer, len: usize, is_first: bool) {
     }
 }
 
+/// Ends a read that a device has filled in the guest's memory itself, with `len` bytes of a packet, and
+/// writes a header that leaves no work to others. Returns whether the packet fits; otherwise the buffer
+/// is empty.
+#[inline(always)]
+pub(super) fn end_plain_read(guest: &mut GuestBuffer, len: usize) -> bool {
+    if guest.set_len(len).is_err() {
+        let _ = guest.set_len(0);
+        return false;
+    }
+    guest.set_header(&NO_OFFLOAD);
+    true
+}
+
 /// Ends a read that a device has filled in the guest's memory itself: `len` bytes of a packet, behind
 /// a header if `with_header`.
 pub(super) fn end_read(guest: &mut GuestBuffer, len: usize, with_header: bool) -> Outcome {

@@ -5,7 +5,7 @@ use std::fmt;
 
 use vmring_core::{Buffer, Class, GUEST, Outcome, SKIP_SUCCESS, SqConsumer, offload};
 
-use crate::device::bounce::{Bounced, end_read, set_count, set_part_len};
+use crate::device::bounce::{Bounced, end_plain_read, end_read, set_count, set_part_len};
 use crate::device::completions::Completions;
 use crate::device::slot::{BOUNCED, FLAGS, PostedSlot, class_index};
 use crate::error::{EntryError, Status};
@@ -281,7 +281,7 @@ impl<'a> PollContext<'a> {
     #[inline(always)]
     pub fn complete_read(&mut self, mut slot: PostedSlot, len: usize) {
         let is_done = slot.posted_buffer_mut().set_frame_len(len).is_ok()
-            || slot.guest_mut().is_some_and(|guest| end_read(guest, len, false) == Outcome::Done);
+            || slot.guest_mut().is_some_and(|guest| end_plain_read(guest, len));
         match is_done {
             true => self.finish(slot, Outcome::Done),
             false => self.finish(slot, Status::InvalidArgument.into()),

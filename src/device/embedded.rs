@@ -863,9 +863,9 @@ struct Header {
 impl Header {
     #[inline(always)]
     fn new(bytes: &[u8; ETHERNET_HEADER_LEN]) -> Self {
-        let [a, b, c, d, e, f, g, h, i, j, k, l, m, n] = *bytes;
-        let number = u64::from_le_bytes;
-        Self { first: number([a, b, c, d, e, f, g, h]), last: number([g, h, i, j, k, l, m, n]) }
+        // Two loads: from an array that is taken apart, the compiler loads byte by byte.
+        let number = |bytes: Option<&[u8; 8]>| bytes.map_or(0, |bytes| u64::from_le_bytes(*bytes));
+        Self { first: number(bytes.first_chunk()), last: number(bytes.last_chunk()) }
     }
 
     /// As [`new`](Self::new), of bytes in registers. The compiler would put the second number together byte

@@ -404,13 +404,15 @@ impl Queue {
         if self.broken_popped > 0 {
             return written.iter().for_each(|written| self.push_oldest(*written));
         }
-        let Self { found, rings, used, next_used, features, .. } = self;
+        let Self { found, rings, used, features, .. } = self;
+        let (found, in_order, mut next) = (&**found, features.in_order, self.next_used);
         for written in written {
-            let Found { head, len_max, .. } = found[rings.slot(*next_used)];
-            let skippable = features.in_order && len_max == 0;
-            used.push(rings, *next_used, head, (*written).min(len_max), skippable);
-            *next_used = next_used.wrapping_add(1);
+            let Found { head, len_max, .. } = found[rings.slot(next)];
+            let skippable = in_order && len_max == 0;
+            used.push(rings, next, head, (*written).min(len_max), skippable);
+            next = next.wrapping_add(1);
         }
+        self.next_used = next;
     }
 
     /// Gives back the broken chains before the oldest whole one.

@@ -98,7 +98,7 @@ impl GuestBuffer {
         if len > available {
             return Err(OutOfSpace { wanted: len, available });
         }
-        self.0.mark_guest(len as u32);
+        self.0.set_guest_len(len as u32);
         Ok(())
     }
 
@@ -114,7 +114,7 @@ impl GuestBuffer {
             return Err(OutOfSpace { wanted: len, available });
         }
         write_slot(self.0.pool_ptr(), self.0.slot(), |slot| slot.header = 0);
-        self.0.mark_guest(len as u32);
+        self.0.set_guest_len(len as u32);
         Ok(())
     }
 
@@ -139,11 +139,11 @@ impl GuestBuffer {
     /// The header, and the whole space behind it, if the two are in one piece, as they usually are.
     #[inline]
     pub fn in_one_piece(&self) -> Option<(GuestSlice<'_>, GuestSlice<'_>)> {
-        // SAFETY: as in `range`.
-        let slot = unsafe { read_slot(self.0.pool_ptr(), self.0.slot()) };
-        if slot.count != 1 || slot.next != NIL {
+        if self.0.is_in_pieces() {
             return None;
         }
+        // SAFETY: as in `range`.
+        let slot = unsafe { read_slot(self.0.pool_ptr(), self.0.slot()) };
         // SAFETY: as in `Segments::next`.
         unsafe { slice_of(&slot.segments[0]) }.split_at(slot.header)
     }
@@ -176,8 +176,13 @@ impl GuestBuffer {
     pub fn set_header(&mut self, header: &[u8; 12]) -> bool {
         match self.in_one_piece() {
             Some((space, _)) => space.len() as usize == header.len() && space.write(header),
-            None => self.header_len() == header.len() && self.segments().write_first(header),
+            None => self.set_header_in_pieces(header),
         }
+    }
+
+    #[inline(never)]
+    fn set_header_in_pieces(&mut self, header: &[u8; 12]) -> bool {
+        self.header_len() == header.len() && self.segments().write_first(header)
     }
 
     /// Copies a packet in, and sets its length.

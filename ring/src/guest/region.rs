@@ -135,7 +135,7 @@ impl GuestRegion {
     pub fn get(&self, offset: u64, len: u32) -> Option<GuestSlice<'_>> {
         let end = offset.checked_add(u64::from(len))?;
         self.guest_address.checked_add(end)?;
-        (end <= self.len).then(|| self.slice(offset, len))
+        (end <= self.len).then(|| self.slice_inside(offset, len))
     }
 
     /// The region of the bytes from `offset` on, `len` of them, which the caller has checked.
@@ -156,8 +156,13 @@ impl GuestRegion {
     ///
     /// The caller has checked that `offset` is not behind the region's end.
     pub(super) fn slice(&self, offset: u64, len: u32) -> GuestSlice<'_> {
-        debug_assert!(offset <= self.len);
-        let len = u64::from(len).min(self.len - offset) as u32;
+        self.slice_inside(offset, u64::from(len).min(self.len - offset) as u32)
+    }
+
+    /// The bytes from `offset` on, `len` of them, which the caller has found to be inside.
+    #[inline]
+    fn slice_inside(&self, offset: u64, len: u32) -> GuestSlice<'_> {
+        debug_assert!(offset <= self.len && u64::from(len) <= self.len - offset);
         // SAFETY: `offset` is at most the region's length, and the region is in its mapping, by
         // `new` and `part`.
         let start = unsafe { self.host.add(offset as usize) };
@@ -387,12 +392,14 @@ impl<'m> GuestSlice<'m> {
         true
     }
 
-    /// Asks for the cache lines of the first `len` bytes, which are about to be read. This is a hint,
-    /// which affects only the time.
+    /// Asks for the cache lines of the first 128 bytes, which are about to be read: a header and a short
+    /// packet. This is a hint, which affects only the time.
     #[inline]
-    pub fn prefetch(&self, len: u32) {
-        for at in (0..len.min(self.len)).step_by(LINE) {
-            prefetch(self.start.as_ptr().wrapping_add(at as usize));
+    pub fn prefetch_head(&self) {
+        let start = self.start.as_ptr();
+        prefetch(start);
+        if self.len as usize > LINE {
+            prefetch(start.wrapping_add(LINE));
         }
     }
 

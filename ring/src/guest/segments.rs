@@ -1,6 +1,7 @@
 //! [`SegmentTable`]: where the segments of guest buffers are listed.
 
 use crate::backing::Backing;
+use crate::entry::OffloadState;
 use crate::frame::Frame;
 use crate::guest::buffer::GuestBuffer;
 use crate::guest::memory::{GuestFault, GuestMemory};
@@ -244,7 +245,7 @@ impl SegmentTable {
                 (NIL, u32::from(total > 0), total, header);
             slot.segments[0] = Segment::of(&slice);
         });
-        frame.mark_guest(packet);
+        frame.mark_guest(packet, state_of(u32::from(total > 0)));
         Ok(GuestBuffer::new(frame))
     }
 
@@ -301,6 +302,12 @@ impl fmt::Debug for SegmentTable {
     }
 }
 
+/// The state of a list with so many segments.
+#[inline]
+fn state_of(segments: u32) -> OffloadState {
+    if segments == 1 { OffloadState::GUEST } else { OffloadState::GUEST_IN_PIECES }
+}
+
 /// A list of segments that is being made. Until it is finished, dropping it frees its slots.
 struct List<'t, A> {
     pool: &'t Pool,
@@ -324,7 +331,7 @@ impl<'t, A: FnMut() -> Option<Frame>> List<'t, A> {
             (slot.next, slot.count) = (NIL, 0);
         });
         // From here on, dropping it frees the slots that follow.
-        frame.mark_guest(0);
+        frame.mark_guest(0, OffloadState::GUEST_IN_PIECES);
         Ok(Self { pool, alloc, frame, last: slot, count: 0, segments: 0, total: 0 })
     }
 
@@ -360,11 +367,11 @@ impl<'t, A: FnMut() -> Option<Frame>> List<'t, A> {
 
     #[inline]
     fn finish(self, header: u32, packet: u32) -> Frame {
-        let Self { pool, mut frame, total, .. } = self;
+        let Self { pool, mut frame, total, segments, .. } = self;
         write_slot(pool.ptr(), frame.slot(), |slot| {
             (slot.total, slot.header) = (total as u32, header);
         });
-        frame.mark_guest(packet);
+        frame.mark_guest(packet, state_of(segments));
         frame
     }
 }

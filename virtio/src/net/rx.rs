@@ -320,7 +320,10 @@ impl Receiver {
                 reaped = reaped.saturating_add(1);
                 let (state, written) = outcome(cx, &done, rest, &mut moved);
                 let place = running.end(done.user_data, state);
-                if let Some(list) = place.and_then(|place| logged.get(place)) {
+                // Most memories have no dirty log.
+                if !logged.is_empty()
+                    && let Some(list) = place.and_then(|place| logged.get(place))
+                {
                     mark(running.queue.memory(), list, written);
                 }
             }),

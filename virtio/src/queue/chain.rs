@@ -13,9 +13,6 @@ pub const DESCRIPTORS_MAX: usize = 1024;
 /// The largest number of bytes of a chain (virtio 1.2, section 2.7.5.2).
 const CHAIN_LEN_MAX: u64 = 1 << 32;
 
-/// How many bytes of a chain are asked for in advance: a header and a short packet.
-const PREFETCHED: u32 = 128;
-
 /// Flags of a descriptor (virtio 1.2, section 2.7.5).
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -297,6 +294,12 @@ impl Descriptor {
     }
 }
 
+/// Where in a region an address is. `None` if it is not in it.
+#[inline]
+fn offset_in(region: &GuestRegion, address: u64) -> Option<u64> {
+    address.checked_sub(region.guest_address()).filter(|offset| *offset < region.len())
+}
+
 impl Walker {
     pub(super) fn new(segments_max: usize) -> Self {
         Self { segments: vec![Segment::default(); segments_max].into(), recent: 0 }
@@ -335,14 +338,11 @@ impl Walker {
         if flags & (NEXT | INDIRECT) != 0 {
             return None;
         }
-        let (number, offset) = self.locate(memory, address).ok()?;
-        let region = &memory.regions()[number];
-        if u64::from(len) > region.len() - offset {
-            return None;
-        }
+        let (number, region, offset) = self.locate(memory, address).ok()?;
+        let buffer = region.get(offset, len)?;
         let is_writable = flags & WRITE != 0;
-        if !is_writable && let Some(first) = region.get(offset, len.min(PREFETCHED)) {
-            first.prefetch(PREFETCHED);
+        if !is_writable {
+            buffer.prefetch_head();
         }
         // There are at most `REGIONS_MAX` regions, which is less than 2^16.
         Some(Segment { offset, len, region: number as u16, is_writable })
@@ -452,12 +452,12 @@ impl Walker {
     ) -> Result<(), ChainError> {
         let Descriptor { mut address, mut len, .. } = descriptor;
         while len > 0 {
-            let (region, offset) = self.locate(memory, address)?;
-            let inside = memory.regions()[region].len() - offset;
+            let (number, region, offset) = self.locate(memory, address)?;
+            let inside = region.len() - offset;
             let piece = u64::from(len).min(inside) as u32;
             if let Some(segment) = self.segments.get_mut(shape.segments) {
                 // There are at most `REGIONS_MAX` regions, which is less than 2^16.
-                let (len, region) = (piece, region as u16);
+                let (len, region) = (piece, number as u16);
                 *segment = Segment { offset, len, region, is_writable: descriptor.is(WRITE) };
             }
             shape.segments += 1;
@@ -468,18 +468,34 @@ impl Walker {
         Ok(())
     }
 
-    /// The region in which an address is, and where in it.
+    /// The region in which an address is, with its number, and where in it.
     #[inline]
-    fn locate(&mut self, memory: &GuestMemory, address: u64) -> Result<(usize, u64), ChainError> {
-        let regions = memory.regions();
-        let offset_in = |region: &GuestRegion| {
-            address.checked_sub(region.guest_address()).filter(|offset| *offset < region.len())
-        };
-        if let Some(offset) = regions.get(self.recent).and_then(offset_in) {
-            return Ok((self.recent, offset));
+    fn locate<'m>(
+        &mut self,
+        memory: &'m GuestMemory,
+        address: u64,
+    ) -> Result<(usize, &'m GuestRegion, u64), ChainError> {
+        if let Some(region) = memory.regions().get(self.recent)
+            && let Some(offset) = offset_in(region, address)
+        {
+            return Ok((self.recent, region, offset));
         }
+        self.search(memory, address)
+    }
+
+    /// As [`locate`](Self::locate), for an address that is in another region than the last one.
+    #[inline(never)]
+    fn search<'m>(
+        &mut self,
+        memory: &'m GuestMemory,
+        address: u64,
+    ) -> Result<(usize, &'m GuestRegion, u64), ChainError> {
+        let regions = memory.regions();
         let behind = regions.partition_point(|region| region.guest_address() <= address);
-        let found = behind.checked_sub(1).and_then(|i| Some((i, offset_in(&regions[i])?)));
+        let found = behind.checked_sub(1).and_then(|number| {
+            let region = &regions[number];
+            Some((number, region, offset_in(region, address)?))
+        });
         let found = found.ok_or(ChainError::Fault(GuestFault { address }))?;
         self.recent = found.0;
         Ok(found)
@@ -495,8 +511,8 @@ impl Walker {
         let fault = |address| ChainError::Fault(GuestFault { address });
         let at = u64::from(index) * u64::from(DESCRIPTOR_LEN);
         let address = table.checked_add(at).ok_or(fault(table))?;
-        let (region, offset) = self.locate(memory, address)?;
-        if let Some(bytes) = memory.regions()[region].get(offset, DESCRIPTOR_LEN) {
+        let (_, region, offset) = self.locate(memory, address)?;
+        if let Some(bytes) = region.get(offset, DESCRIPTOR_LEN) {
             return Ok(bytes.read().expect("it has this length"));
         }
         let mut bytes = [0; DESCRIPTOR_LEN as usize];
