@@ -342,7 +342,7 @@ fn a_guest_that_floods_leaves_the_others_alone() {
                 let macs = (guest.mac(), guest.ask_for_gateway(guest_address(66)));
                 let frame = datagram(macs, (guest_address(66), GATEWAY), flooded);
                 while stopped.try_recv() == Err(std::sync::mpsc::TryRecvError::Empty) {
-                    guest.send_raw(&frame, 200);
+                    guest.send_raw(&frame, 600);
                 }
                 guest.drops("router busy")
             })
@@ -381,7 +381,7 @@ fn a_connection_survives_the_flood_of_its_own_guest() {
         guest.until("all bytes on their way, between floods", |guest| {
             turns += 1;
             if turns < 20 || guest.drops("router busy") == 0 {
-                guest.send_raw(&frame, 230);
+                guest.send_raw(&frame, 600);
             }
             let socket = guest.tcp(connection);
             if sent < request.len() && socket.can_send() {

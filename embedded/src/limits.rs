@@ -87,8 +87,9 @@ pub const DEFAULT_OVERFLOW_DEPTH_RANGE: RangeInclusive<u32> = 16..=256;
 
 // The router.
 
-/// How many frames of one port can wait for the network's router in its buffers.
-pub const ROUTER_FRAMES: u32 = 128;
+/// How many frames of one port can wait for the network's router in its buffers, besides those that the
+/// router is at work on.
+pub const ROUTER_FRAMES: u32 = 256;
 /// How many more frames of one port can wait for it.
 pub const ROUTER_OVERFLOW: u32 = 16;
 /// How many frames of one port the router takes before the next port has its turn.

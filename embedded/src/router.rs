@@ -9,10 +9,12 @@
 //! # Towards the router
 //!
 //! Each port has an [`Inbox`] of its own, an outbox, in which [`ROUTER_FRAMES`] frames wait for the
-//! router, and a few more before it has begun. A sender copies a frame there as into any other port's:
-//! without a lock, an allocation or a system call. When it flushes, it notes in a set of ports that the
-//! outbox has something, and wakes the router if that sleeps, once per batch. A port whose outbox is
-//! full loses its own frames and nobody else's. They are counted.
+//! router, and a few more before it has begun. The frames that the router is at work on have buffers
+//! besides these, because what it sends to a guest meanwhile makes that guest send more. A sender copies
+//! a frame there as into any other port's: without a lock, an allocation or a system call. When it
+//! flushes, it notes in a set of ports that the outbox has something, and wakes the router if that
+//! sleeps, once per batch. A port whose outbox is full loses its own frames and nobody else's. They are
+//! counted.
 //!
 //! The router takes a few frames of one port, then of the next ([`RouterEnd::receive`]), so that the
 //! ports have equal shares of it.
@@ -160,6 +162,9 @@ pub(crate) struct PortEnd<B> {
     /// What a receiver is like that accepts all offloads of the port.
     pub(crate) shape: Shape,
     outbox: Collector<OutboxBuffer>,
+    /// Buffers that take the places of those that the router is at work on, so that as many frames can
+    /// wait as ever.
+    spare: Vec<OutboxBuffer>,
     has_buffers: bool,
 }
 
@@ -369,9 +374,19 @@ impl<B: PacketBuffer> RouterSide<B> {
         let inbox = Arc::new(Inbox::with_headers(ROUTER_FRAMES, ROUTER_OVERFLOW, longest));
         let nobody: PortWake = std::sync::Arc::new(|| ());
         let outbox = Inbox::open(&inbox, nobody).expect("a new inbox has no collector");
-        let has_buffers = false;
+        let (spare, has_buffers) = (Vec::new(), false);
         let NewPort { number, generation, mac, is_uplink, state } = port;
-        let end = PortEnd { number, generation, mac, is_uplink, state, shape, outbox, has_buffers };
+        let end = PortEnd {
+            number,
+            generation,
+            mac,
+            is_uplink,
+            state,
+            shape,
+            outbox,
+            spare,
+            has_buffers,
+        };
         self.shared.tell(Event::Joined(end));
         Outbox(inbox)
     }
@@ -606,17 +621,25 @@ impl<B: PacketBuffer> RouterEnd<B> {
                 self.taken[index / 64] &= !(1 << (index % 64));
                 continue;
             };
+            let len = offload::LEN + port.outbox.inbox().max_frame();
             if !core::mem::replace(&mut port.has_buffers, true) {
-                let len = offload::LEN + port.outbox.inbox().max_frame();
                 while port.outbox.stage(vec![0; len].into()).is_ok() {}
-                port.outbox.publish();
+            }
+            // The first time, or a batch has ended with the router that had it.
+            while port.spare.len() < ROUTER_BATCH {
+                port.spare.push(vec![0; len].into());
             }
             batch.port = (port.number, port.generation);
             while batch.frames.len() < ROUTER_BATCH
                 && let Some(frame) = port.outbox.collect()
             {
                 batch.frames.push(frame);
+                // The frame has left a place, and there are as many spare buffers as a batch has frames.
+                if let Some(buffer) = port.spare.pop() {
+                    let _ = port.outbox.stage(buffer);
+                }
             }
+            port.outbox.publish();
             if batch.frames.len() < ROUTER_BATCH {
                 // A frame that is still being copied is followed by a ring.
                 self.taken[index / 64] &= !(1 << (index % 64));
@@ -637,11 +660,8 @@ impl<B: PacketBuffer> RouterEnd<B> {
         let port = self.ports[number as usize].as_mut();
         match port.filter(|port| port.generation == generation) {
             Some(port) => {
-                for frame in batch.frames.drain(..) {
-                    // It has come from there, so there is a place for it.
-                    let _ = port.outbox.stage(frame.buffer);
-                }
-                port.outbox.publish();
+                port.spare.extend(batch.frames.drain(..).map(|frame| frame.buffer));
+                port.spare.truncate(ROUTER_BATCH);
             }
             None => batch.frames.clear(),
         }

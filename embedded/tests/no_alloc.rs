@@ -15,6 +15,7 @@ use common::*;
 use macaddr::MacAddr6;
 use smoltcp::wire::EthernetProtocol;
 use vmring_core::offload::{Checksum, Gso, OffloadHeader, Offloads};
+use vmring_embedded::limits::ROUTER_FRAMES;
 use vmring_embedded::software::{Merging, Segments};
 use vmring_embedded::{
     Ipv6Config, Network, NetworkConfig, Packet, PortConfig, PortLimits, PortPolicy, Rate,
@@ -99,7 +100,7 @@ fn route(ethertype: EthernetProtocol, packet: &[u8]) {
     let mut end = router.0.lock().unwrap().take().unwrap();
     let mut batch = RouterBatch::new();
     let mut turn = |alice: &mut Guest| {
-        for _ in 0..200 {
+        for _ in 0..ROUTER_FRAMES + 100 {
             alice.sender.send(&question);
         }
         alice.sender.flush();

@@ -121,8 +121,10 @@ pub struct PortLimits {
     pub dns_pending: usize,
     /// The most flows that are opened per second. As many can be opened at once.
     pub new_flows_per_second: u32,
-    /// How many frames of the guest wait for the translator at most. The windows of the port's busy
-    /// flows together offer no more. 0 means that there is no such limit.
+    /// How many frames of the guest wait for the translator at most. The windows of the flows that had
+    /// data from the guest in the last second together offer half of them, in segments. The other half
+    /// is for frames that no window limits, such as acknowledgments and datagrams. 0 means that there is
+    /// no such limit.
     pub inbox_frames: u32,
 }
 

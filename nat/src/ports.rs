@@ -42,16 +42,37 @@ pub(crate) struct PortState {
     pub(crate) half_open: usize,
     pub(crate) new_flows: Bucket,
     errors: Bucket,
-    /// The second that `active` is about.
+    /// The second that `busy` is about.
     second: u32,
-    /// How many flows had data from the guest in this second, and in the one before.
-    active: u32,
-    active_before: u32,
-    /// What these flows are offered in this second, in bytes.
+    /// The flows that had data from the guest in this second.
+    busy: Busy,
+    /// The flows that had data in the second before, and have had none in this one.
+    busy_before: Busy,
+}
+
+/// Flows that count for their port's windows.
+#[derive(Clone, Copy, Debug, Default)]
+struct Busy {
+    flows: u32,
+    /// What they are offered, in bytes.
     offered: u64,
 }
 
-/// The second of a time.
+/// What a flow counts for its port's windows.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Share {
+    /// The second in which the guest last sent data.
+    active_in: u32,
+    /// What the guest was offered then.
+    offered: u32,
+}
+
+impl Share {
+    /// The share of a flow that has sent nothing.
+    pub(crate) const NONE: Self = Self { active_in: u32::MAX, offered: 0 };
+}
+
+/// The second of a time. It is less than `u32::MAX` for 136 years.
 fn second(now: u64) -> u32 {
     (now / 1_000_000) as u32
 }
@@ -113,9 +134,8 @@ impl Ports {
                 new_flows: Bucket::new(limits.new_flows_per_second),
                 errors: Bucket::new(ERRORS_PER_SECOND),
                 second: 0,
-                active: 0,
-                active_before: 0,
-                offered: 0,
+                busy: Busy::default(),
+                busy_before: Busy::default(),
             });
         }
         &mut self.ports[index]
@@ -172,67 +192,57 @@ impl Ports {
         Ok(())
     }
 
-    /// Notes that a flow has data from the guest. `active_in` is the second in which it last had, and
-    /// `offered` is what was noted for it then.
-    pub(crate) fn note_active(
-        &mut self,
-        port: Port,
-        active_in: &mut u32,
-        offered: &mut u32,
-        now: u64,
-    ) {
+    /// Notes that a flow has data from the guest.
+    pub(crate) fn note_active(&mut self, port: Port, share: &mut Share, now: u64) {
         let second = second(now);
-        if *active_in != second {
-            (*active_in, *offered) = (second, 0);
+        if share.active_in != second {
             let state = self.get(port);
-            state.turn_to(second);
-            state.active += 1;
+            state.leave(share, second);
+            state.busy.flows += 1;
+            (share.active_in, share.offered) = (second, 0);
         }
     }
 
-    /// Notes what a flow's guest may send. `offered` is what was noted before.
-    pub(crate) fn note_offer(
-        &mut self,
-        port: Port,
-        active_in: u32,
-        offered: &mut u32,
-        window: u32,
-        now: u64,
-    ) {
+    /// Notes what a flow's guest may send.
+    pub(crate) fn note_offer(&mut self, port: Port, share: &mut Share, window: u32, now: u64) {
+        if self.limits.port.inbox_frames == 0 {
+            return;
+        }
         let second = second(now);
-        if self.limits.port.inbox_frames > 0 && active_in == second {
-            let state = self.get(port);
-            state.turn_to(second);
-            state.offered = state.offered - u64::from(*offered) + u64::from(window);
-            *offered = window;
+        if let Some(busy) = self.get(port).busy_of(share, second) {
+            busy.offered = busy.offered - u64::from(share.offered) + u64::from(window);
+            share.offered = window;
         }
     }
 
-    /// How many bytes a flow may be offered, so that what all busy flows of the port send fits into the
-    /// port's inbox, with two segments for each at least.
-    pub(crate) fn share(
-        &mut self,
-        port: Port,
-        mss: u32,
-        active_in: u32,
-        offered: u32,
-        now: u64,
-    ) -> u32 {
+    /// Notes that a flow has ended.
+    pub(crate) fn note_end(&mut self, port: Port, share: &mut Share, now: u64) {
+        self.get(port).leave(share, second(now));
+        *share = Share::NONE;
+    }
+
+    /// How many bytes a flow may be offered, so that what all busy flows of the port send fits into one
+    /// half of the port's inbox. The other half is for what no window limits: acknowledgments,
+    /// datagrams, and what is sent again. A flow may have two segments at least, or one where two of
+    /// each do not fit.
+    pub(crate) fn share(&mut self, port: Port, mss: u32, share: &Share, now: u64) -> u32 {
         let frames = self.limits.port.inbox_frames;
         if frames == 0 {
             return u32::MAX;
         }
-        let (all, second) = (frames.saturating_mul(mss), second(now));
+        let (all, second) = ((frames / 2).max(1).saturating_mul(mss), second(now));
         let state = self.get(port);
-        state.turn_to(second);
-        let busy = state.active.max(state.active_before).max(1);
-        let share = if active_in == second {
-            let others = state.offered - u64::from(offered);
-            (all / busy).min(u64::from(all).saturating_sub(others) as u32)
-        } else {
-            (all / busy).min(FIRST_WINDOW * mss)
+        let own = state.busy_of(share, second).is_some();
+        let others = Busy {
+            flows: state.busy.flows + state.busy_before.flows - u32::from(own),
+            offered: state.busy.offered + state.busy_before.offered
+                - if own { u64::from(share.offered) } else { 0 },
         };
-        share.max(2 * mss)
+        let fair = all / (others.flows + 1);
+        let left = u64::from(all).saturating_sub(others.offered) as u32;
+        let first = if own { u32::MAX } else { FIRST_WINDOW * mss };
+        let least = if fair >= 2 * mss { 2 * mss } else { mss };
+        fair.min(left).min(first).max(least)
     }
 }
 
@@ -240,8 +250,63 @@ impl PortState {
     fn turn_to(&mut self, second: u32) {
         if second != self.second {
             let next = second == self.second.wrapping_add(1);
-            self.active_before = if next { self.active } else { 0 };
-            (self.second, self.active, self.offered) = (second, 0, 0);
+            self.busy_before = if next { self.busy } else { Busy::default() };
+            (self.second, self.busy) = (second, Busy::default());
         }
+    }
+
+    /// Where a flow counts in this second, if it does.
+    fn busy_of(&mut self, share: &Share, second: u32) -> Option<&mut Busy> {
+        self.turn_to(second);
+        if share.active_in == second {
+            Some(&mut self.busy)
+        } else if Some(share.active_in) == second.checked_sub(1) {
+            Some(&mut self.busy_before)
+        } else {
+            None
+        }
+    }
+
+    /// A flow counts no more.
+    fn leave(&mut self, share: &Share, second: u32) {
+        if let Some(busy) = self.busy_of(share, second) {
+            busy.flows -= 1;
+            busy.offered -= u64::from(share.offered);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: a flow counts for its port's windows for a second after its last data, whenever the clock
+    /// turns, and not after its end.
+    #[test]
+    fn a_flow_counts_until_a_second_after_its_data() {
+        let mut limits = Limits::default();
+        limits.port.inbox_frames = 200;
+        let (mut ports, port, mss) = (Ports::new(limits), Port(2), 1000);
+        let [mut first, mut second] = [Share::NONE; 2];
+        let at = |tenths: u64| tenths * 100_000;
+        // Even in the first second of all, nobody has sent anything.
+        assert_eq!(ports.share(port, mss, &first, at(0)), FIRST_WINDOW * mss);
+        ports.note_active(port, &mut first, at(9));
+        assert_eq!(ports.share(port, mss, &first, at(9)), 100 * mss);
+        ports.note_offer(port, &mut first, 100 * mss, at(9));
+        // The clock has turned. Another flow gets nothing of what is promised.
+        ports.note_active(port, &mut second, at(11));
+        assert_eq!(ports.share(port, mss, &second, at(11)), 2 * mss);
+        ports.note_offer(port, &mut second, 2 * mss, at(11));
+        // The first one's window closes, and becomes the other's.
+        ports.note_offer(port, &mut first, 60 * mss, at(12));
+        assert_eq!(ports.share(port, mss, &second, at(12)), 40 * mss);
+        assert_eq!(ports.share(port, mss, &first, at(12)), 50 * mss);
+        // After two turns it counts no more, and one that ends counts no more at once.
+        assert_eq!(ports.share(port, mss, &second, at(20)), 100 * mss);
+        ports.note_active(port, &mut first, at(21));
+        assert_eq!(ports.share(port, mss, &first, at(21)), 50 * mss);
+        ports.note_end(port, &mut second, at(21));
+        assert_eq!(ports.share(port, mss, &first, at(21)), 100 * mss);
     }
 }

@@ -318,7 +318,7 @@ fn the_kernels_memory_is_bounded() {
 #[test]
 fn the_windows_of_a_port_fit_its_inbox() {
     let mut config = config(false);
-    config.limits.port.inbox_frames = 40;
+    config.limits.port.inbox_frames = 80;
     let mut net = Net::new(config, plain_link());
     net.kernel.0.borrow_mut().answer = Answer::Connect;
     net.kernel.0.borrow_mut().capacity = 4 << 20;

@@ -4,6 +4,7 @@ mod datagram;
 mod dns;
 mod forward;
 mod hostile;
+mod outbox;
 mod policy;
 mod real;
 mod real_datagram;

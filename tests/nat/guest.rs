@@ -83,7 +83,7 @@ pub(crate) struct Guest {
 
 /// A ring for both directions, with so many reads posted.
 pub(crate) fn ring_of(interface: &Interface, reads: usize) -> Ring {
-    let mut ring = interface.ring(Direction::Both).depth(256).build().expect("a ring");
+    let mut ring = interface.ring(Direction::Both).depth(1024).build().expect("a ring");
     let frames: Vec<_> = (0..reads).map(|_| ring.alloc().expect("a frame")).collect();
     for frame in frames {
         ring.submit_read(frame, 0).expect("a posted read");

@@ -14,6 +14,7 @@ use crate::limits::{
 };
 use crate::output::{Full, Link, Port};
 use crate::packet::Addresses;
+use crate::ports::Share;
 use crate::retained::Retained;
 use crate::retained::kernel::KernelQueue;
 use crate::retained::place::Place;
@@ -117,10 +118,8 @@ pub(crate) struct Flow<T> {
     pub(crate) asked: u64,
     /// What the timer wheel was told.
     pub(crate) timer_at: u64,
-    /// The second in which the guest last sent data.
-    pub(crate) active_in: u32,
-    /// What the guest was offered, as it counts for its port in that second.
-    pub(crate) offered: u32,
+    /// What the flow counts for its port's windows.
+    pub(crate) share: Share,
     /// How often something was sent without an answer.
     pub(crate) attempts: u8,
     /// How often the time between attempts was doubled.
@@ -220,8 +219,7 @@ impl<T> Flow<T> {
             heard: 0,
             asked: 0,
             timer_at: 0,
-            active_in: 0,
-            offered: 0,
+            share: Share::NONE,
             attempts: 0,
             backoff: 0,
             readable: false,
@@ -352,6 +350,7 @@ impl<T> Flow<T> {
         ending: Ending,
     ) {
         if let Some(socket) = self.socket.take() {
+            io.ports.note_end(self.key.port, &mut self.share, io.now);
             memory.descriptors -= 1;
             memory.kernel -= u64::from(self.space.charge);
             match ending {

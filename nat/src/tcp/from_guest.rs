@@ -402,7 +402,7 @@ impl<T> Flow<T> {
         let parts = &run.parts[..run.count];
         if run.bytes > 0 {
             (self.just_writable, self.reopened) = (false, false);
-            io.ports.note_active(port, &mut self.active_in, &mut self.offered, io.now);
+            io.ports.note_active(port, &mut self.share, io.now);
         }
         let mut sent = 0;
         if self.spill.is_none() && run.bytes > 0 {
@@ -505,7 +505,7 @@ impl<T> Flow<T> {
             }
         }
         let left = self.rcv_edge.since(self.rcv_nxt);
-        io.ports.note_offer(self.key.port, self.active_in, &mut self.offered, left, io.now);
+        io.ports.note_offer(self.key.port, &mut self.share, left, io.now);
         // Rounded down: up to the edge is taken all the same. Rounded up, every segment would move the
         // edge on, whatever space there is.
         (left >> shift).min(u16::MAX.into()) as u16
@@ -521,7 +521,7 @@ impl<T> Flow<T> {
             room = room.min(SMALL_SOCKET_BUFFER.saturating_sub(used));
         }
         let mss = u32::from(largest_mss(self.key.guest, &io.out.link(self.key.port)));
-        room.min(io.ports.share(self.key.port, mss, self.active_in, self.offered, io.now))
+        room.min(io.ports.share(self.key.port, mss, &self.share, io.now))
     }
 
     /// Whether the guest could be offered so much more that it is to be told.
