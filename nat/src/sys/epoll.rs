@@ -105,19 +105,14 @@ impl Poll {
         };
         // SAFETY: the kernel has written so many events, which is at most the capacity.
         unsafe { events.set_len(count) };
-        if events.iter().any(|event| { event.u64 } == WAKER) {
-            let mut count = [0; 8];
-            // SAFETY: the pointer and the length are those of `count`. A failure means that the count
-            // is 0, which it is to be.
-            unsafe { libc::read(self.waker.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) };
-        }
+        // The waker's count is not read: its readiness is told once for each write (`EPOLLET`), and the
+        // count does not come to its end.
         Ok(())
     }
 
     pub(super) fn wake(&self) {
         let one = 1u64.to_ne_bytes();
-        // SAFETY: the pointer and the length are those of `one`. A failure means that the count is at
-        // its largest, so the waiter is woken anyway.
+        // SAFETY: the pointer and the length are those of `one`. It fails after 2^64 - 2 writes.
         unsafe { libc::write(self.waker.as_raw_fd(), one.as_ptr().cast(), one.len()) };
     }
 }
