@@ -71,7 +71,10 @@ impl<T> Flow<T> {
             return;
         }
         let Some(socket) = &self.socket else { return };
-        match io.sockets.take_error(socket) {
+        // A socket that takes bytes, with no error and not closed, is connected.
+        let is_connected = readiness.writable && !readiness.failed && !readiness.closed;
+        let result = if is_connected { Ok(()) } else { io.sockets.take_error(socket) };
+        match result {
             Err(SocketError::WouldBlock) => {}
             Err(error) => self.refuse(error, io, memory),
             Ok(()) => {
