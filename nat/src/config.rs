@@ -122,9 +122,9 @@ pub struct PortLimits {
     /// The most flows that are opened per second. As many can be opened at once.
     pub new_flows_per_second: u32,
     /// How many frames of the guest wait for the translator at most. The windows of the flows that had
-    /// data from the guest in the last second together offer half of them, in segments. The other half
-    /// is for frames that no window limits, such as acknowledgments and datagrams. 0 means that there is
-    /// no such limit.
+    /// data from the guest in the last second together offer half of them: a segment for each, or more
+    /// if the guest's frames hold more. The other half is for frames that no window limits, such as
+    /// acknowledgments and datagrams. 0 means that there is no such limit.
     pub inbox_frames: u32,
 }
 

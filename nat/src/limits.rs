@@ -88,6 +88,9 @@ pub const MAX_WINDOW_SHIFT: u8 = 14;
 /// The window of a flow that has sent nothing for a second, in segments, if its port's windows are
 /// limited together.
 pub const FIRST_WINDOW: u32 = 16;
+/// No window is larger because the guest's frames hold several segments, in bytes. A guest that goes over
+/// to frames of one segment may lose some of so many.
+pub const LARGE_WINDOW: u32 = 1 << 20;
 /// A SYN with a hop limit below this one is a traceroute's: systems begin with 64 or more.
 pub const TRACED_HOPS: u8 = 33;
 /// No window is taken or offered that is larger, in bytes.

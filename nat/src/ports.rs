@@ -1,7 +1,7 @@
 //! What is counted and limited for each port.
 
 use crate::config::Limits;
-use crate::limits::{ERRORS_PER_SECOND, FIRST_WINDOW, MAX_PORTS};
+use crate::limits::{ERRORS_PER_SECOND, FIRST_WINDOW, LARGE_WINDOW, MAX_PORTS};
 use crate::output::Port;
 use crate::stats::{Counter, Counters};
 
@@ -54,7 +54,7 @@ pub(crate) struct PortState {
 #[derive(Clone, Copy, Debug, Default)]
 struct Busy {
     flows: u32,
-    /// What they are offered, in bytes.
+    /// How many frames what they are offered fills.
     offered: u64,
 }
 
@@ -63,13 +63,15 @@ struct Busy {
 pub(crate) struct Share {
     /// The second in which the guest last sent data.
     active_in: u32,
-    /// What the guest was offered then.
-    offered: u32,
+    /// How many frames what the guest was offered then fills.
+    offered: u16,
+    /// How many bytes the guest puts into one frame, on average of its last batches.
+    pub(crate) per_frame: u16,
 }
 
 impl Share {
     /// The share of a flow that has sent nothing.
-    pub(crate) const NONE: Self = Self { active_in: u32::MAX, offered: 0 };
+    pub(crate) const NONE: Self = Self { active_in: u32::MAX, offered: 0, per_frame: 0 };
 }
 
 /// The second of a time. It is less than `u32::MAX` for 136 years.
@@ -203,11 +205,18 @@ impl Ports {
         }
     }
 
-    /// Notes what a flow's guest may send.
-    pub(crate) fn note_offer(&mut self, port: Port, share: &mut Share, window: u32, now: u64) {
+    /// Notes what a flow's guest may send, in frames of this size.
+    pub(crate) fn note_offer(
+        &mut self,
+        port: Port,
+        share: &mut Share,
+        (window, frame): (u32, u32),
+        now: u64,
+    ) {
         if self.limits.port.inbox_frames == 0 {
             return;
         }
+        let window = window.div_ceil(frame).min(u16::MAX.into()) as u16;
         let second = second(now);
         if let Some(busy) = self.get(port).busy_of(share, second) {
             busy.offered = busy.offered - u64::from(share.offered) + u64::from(window);
@@ -224,13 +233,19 @@ impl Ports {
     /// How many bytes a flow may be offered, so that what all busy flows of the port send fits into one
     /// half of the port's inbox. The other half is for what no window limits: acknowledgments,
     /// datagrams, and what is sent again. A flow may have two segments at least, or one where two of
-    /// each do not fit.
-    pub(crate) fn share(&mut self, port: Port, mss: u32, share: &Share, now: u64) -> u32 {
+    /// each do not fit. `frame` is how many bytes the guest puts into one frame, not less than `mss`.
+    pub(crate) fn share(
+        &mut self,
+        port: Port,
+        (mss, frame): (u32, u32),
+        share: &Share,
+        now: u64,
+    ) -> u32 {
         let frames = self.limits.port.inbox_frames;
         if frames == 0 {
             return u32::MAX;
         }
-        let (all, second) = ((frames / 2).max(1).saturating_mul(mss), second(now));
+        let (all, second) = ((frames / 2).max(1), second(now));
         let state = self.get(port);
         let own = state.busy_of(share, second).is_some();
         let others = Busy {
@@ -240,9 +255,11 @@ impl Ports {
         };
         let fair = all / (others.flows + 1);
         let left = u64::from(all).saturating_sub(others.offered) as u32;
-        let first = if own { u32::MAX } else { FIRST_WINDOW * mss };
-        let least = if fair >= 2 * mss { 2 * mss } else { mss };
-        fair.min(left).min(first).max(least)
+        let first = if own { u32::MAX } else { FIRST_WINDOW };
+        let least = if fair >= 2 { 2 } else { 1 };
+        let frames = fair.min(left).min(first).max(least);
+        let large = frames.saturating_mul(frame).min(LARGE_WINDOW);
+        large.max(frames.saturating_mul(mss))
     }
 }
 
@@ -287,26 +304,49 @@ mod tests {
         let mut limits = Limits::default();
         limits.port.inbox_frames = 200;
         let (mut ports, port, mss) = (Ports::new(limits), Port(2), 1000);
+        let size = (mss, mss);
         let [mut first, mut second] = [Share::NONE; 2];
         let at = |tenths: u64| tenths * 100_000;
         // Even in the first second of all, nobody has sent anything.
-        assert_eq!(ports.share(port, mss, &first, at(0)), FIRST_WINDOW * mss);
+        assert_eq!(ports.share(port, size, &first, at(0)), FIRST_WINDOW * mss);
         ports.note_active(port, &mut first, at(9));
-        assert_eq!(ports.share(port, mss, &first, at(9)), 100 * mss);
-        ports.note_offer(port, &mut first, 100 * mss, at(9));
+        assert_eq!(ports.share(port, size, &first, at(9)), 100 * mss);
+        ports.note_offer(port, &mut first, (100 * mss, mss), at(9));
         // The clock has turned. Another flow gets nothing of what is promised.
         ports.note_active(port, &mut second, at(11));
-        assert_eq!(ports.share(port, mss, &second, at(11)), 2 * mss);
-        ports.note_offer(port, &mut second, 2 * mss, at(11));
+        assert_eq!(ports.share(port, size, &second, at(11)), 2 * mss);
+        ports.note_offer(port, &mut second, (2 * mss, mss), at(11));
         // The first one's window closes, and becomes the other's.
-        ports.note_offer(port, &mut first, 60 * mss, at(12));
-        assert_eq!(ports.share(port, mss, &second, at(12)), 40 * mss);
-        assert_eq!(ports.share(port, mss, &first, at(12)), 50 * mss);
+        ports.note_offer(port, &mut first, (60 * mss, mss), at(12));
+        assert_eq!(ports.share(port, size, &second, at(12)), 40 * mss);
+        assert_eq!(ports.share(port, size, &first, at(12)), 50 * mss);
         // After two turns it counts no more, and one that ends counts no more at once.
-        assert_eq!(ports.share(port, mss, &second, at(20)), 100 * mss);
+        assert_eq!(ports.share(port, size, &second, at(20)), 100 * mss);
         ports.note_active(port, &mut first, at(21));
-        assert_eq!(ports.share(port, mss, &first, at(21)), 50 * mss);
+        assert_eq!(ports.share(port, size, &first, at(21)), 50 * mss);
         ports.note_end(port, &mut second, at(21));
-        assert_eq!(ports.share(port, mss, &first, at(21)), 100 * mss);
+        assert_eq!(ports.share(port, size, &first, at(21)), 100 * mss);
+    }
+
+    /// Goal: a guest that fills its frames may send more bytes in as many frames, and one that does not
+    /// leaves it its part.
+    #[test]
+    fn windows_count_frames_of_the_guests_size() {
+        let mut limits = Limits::default();
+        limits.port.inbox_frames = 200;
+        let (mut ports, port, now) = (Ports::new(limits), Port(2), 5_000_000);
+        let [mut large, mut small] = [Share::NONE; 2];
+        ports.note_active(port, &mut large, now);
+        assert_eq!(ports.share(port, (1000, 8000), &large, now), 800_000);
+        assert_eq!(ports.share(port, (1000, 30_000), &large, now), LARGE_WINDOW);
+        assert_eq!(ports.share(port, (30_000, 30_000), &large, now), 3_000_000);
+        ports.note_offer(port, &mut large, (800_000, 8000), now);
+        ports.note_active(port, &mut small, now);
+        assert_eq!(ports.share(port, (1000, 1000), &small, now), 2000);
+        ports.note_offer(port, &mut large, (400_000, 8000), now);
+        assert_eq!(ports.share(port, (1000, 1000), &small, now), 50_000);
+        // The large one goes over to small frames.
+        ports.note_offer(port, &mut large, (100_000, 1000), now);
+        assert_eq!(ports.share(port, (1000, 1000), &small, now), 2000);
     }
 }

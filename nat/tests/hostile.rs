@@ -337,13 +337,17 @@ fn the_windows_of_a_port_fit_its_inbox() {
     // Each guest's flow fills its window, again and again.
     for round in 0..20 {
         for (from, ack, seq, window) in &mut flows {
-            let data = vec![0; *window as usize];
-            let (flags, len) = ("P.".into(), data.len() as u32);
-            let (seq_now, ack) = (*seq, *ack);
-            *seq += len;
-            let segment =
-                Segment { flags, seq: seq_now, ack, window: 512, data, ..Segment::default() };
-            net.send(&[segment.frame(*from, to)]);
+            let mut frames = Vec::new();
+            let edge = *seq + *window;
+            while *seq < edge {
+                let (seq_now, data) = (*seq, vec![0; (edge - *seq).min(1460) as usize]);
+                *seq += data.len() as u32;
+                let (flags, ack) = ("P.".into(), *ack);
+                let segment =
+                    Segment { flags, seq: seq_now, ack, window: 512, data, ..Segment::default() };
+                frames.push(segment.frame(*from, to));
+            }
+            net.send(&frames);
             net.kernel.read(usize::from(from.port()) - 1, usize::MAX);
             let (frame, header) = net.out.frames.pop_back().unwrap();
             let (answer, _) = Segment::parse(&frame, &header, &net.out.link).unwrap();
@@ -359,6 +363,44 @@ fn the_windows_of_a_port_fit_its_inbox() {
         }
         net.wait(std::time::Duration::from_millis(300));
         net.out.frames.clear();
+    }
+}
+
+/// Windows: a guest whose frames hold several segments may send more at once, and no longer when its frames
+/// have become short.
+#[test]
+fn windows_follow_the_frames_of_the_guest() {
+    let mut config = config(false);
+    config.limits.port.inbox_frames = 80;
+    let mut net = Net::new(config, plain_link());
+    net.kernel.0.borrow_mut().answer = Answer::Connect;
+    net.kernel.0.borrow_mut().capacity = 8 << 20;
+    let from = SocketAddr::from(([192, 168, 64, 2], 1));
+    let to: SocketAddr = ([192, 0, 2, 1], 80).into();
+    let syn = Segment { flags: "S".into(), shift: Some(7), ..Segment::default() };
+    net.send(&[syn.frame(from, to)]);
+    let (frame, header) = net.out.frames.pop_front().unwrap();
+    let (answer, _) = Segment::parse(&frame, &header, &net.out.link).unwrap();
+    let (ack, mut seq) = (answer.seq.wrapping_add(1), 1);
+    for (len, count, range) in [
+        (1460, 20, 38 * 1460..=40 * 1460),
+        (20_000, 20, 300_000..=400_000),
+        (1460, 400, 38 * 1460..=40 * 1460),
+    ] {
+        let mut window = 0;
+        for _ in 0..count {
+            let (flags, data) = ("P.".into(), vec![0; len]);
+            let segment = Segment { flags, seq, ack, window: 512, data, ..Segment::default() };
+            net.send(&[segment.frame(from, to)]);
+            seq += len as u32;
+            net.kernel.read(0, usize::MAX);
+            let (frame, header) = net.out.frames.pop_back().unwrap();
+            let (answer, _) = Segment::parse(&frame, &header, &net.out.link).unwrap();
+            assert_eq!(answer.ack, seq);
+            window = u32::from(answer.window) << 8;
+            net.out.frames.clear();
+        }
+        assert!(range.contains(&window), "frames of {len}: a window of {window}");
     }
 }
 

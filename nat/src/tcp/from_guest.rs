@@ -403,6 +403,9 @@ impl<T> Flow<T> {
         if run.bytes > 0 {
             (self.just_writable, self.reopened) = (false, false);
             io.ports.note_active(port, &mut self.share, io.now);
+            let each = (run.bytes / run.count as u32).min(u16::MAX.into()) as u16;
+            let average = &mut self.share.per_frame;
+            *average = *average - *average / 4 + each / 4;
         }
         let mut sent = 0;
         if self.spill.is_none() && run.bytes > 0 {
@@ -505,7 +508,8 @@ impl<T> Flow<T> {
             }
         }
         let left = self.rcv_edge.since(self.rcv_nxt);
-        io.ports.note_offer(self.key.port, &mut self.share, left, io.now);
+        let (_, frame) = self.guest_frame(io);
+        io.ports.note_offer(self.key.port, &mut self.share, (left, frame), io.now);
         // Rounded down: up to the edge is taken all the same. Rounded up, every segment would move the
         // edge on, whatever space there is.
         (left >> shift).min(u16::MAX.into()) as u16
@@ -520,8 +524,16 @@ impl<T> Flow<T> {
             let used = self.space.capacity.saturating_sub(self.space.free);
             room = room.min(SMALL_SOCKET_BUFFER.saturating_sub(used));
         }
+        let frame = self.guest_frame(io);
+        room.min(io.ports.share(self.key.port, frame, &self.share, io.now))
+    }
+
+    /// The longest segment that the guest may send, and about how many bytes it puts into one frame: more
+    /// than that if it leaves the cutting to others. Half of the average is counted on, so that a guest
+    /// whose frames become shorter fills no more places at once.
+    fn guest_frame<S: Sockets<Socket = T>>(&self, io: &Io<'_, S>) -> (u32, u32) {
         let mss = u32::from(largest_mss(self.key.guest, &io.out.link(self.key.port)));
-        room.min(io.ports.share(self.key.port, mss, &self.share, io.now))
+        (mss, mss.max(u32::from(self.share.per_frame) / 2))
     }
 
     /// Whether the guest could be offered so much more that it is to be told.
