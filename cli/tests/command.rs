@@ -39,6 +39,9 @@ mod signals;
 mod width;
 #[path = "command/wires.rs"]
 mod wires;
+#[cfg(target_os = "linux")]
+#[path = "command/world.rs"]
+mod world;
 
 /// No run here needs a tenth of this, even on a busy machine.
 const LIMIT: Duration = Duration::from_secs(120);

@@ -1,5 +1,9 @@
 //! Hosts of their own: network namespaces, with the kernel's own TCP and UDP.
 
+use std::ffi::OsStr;
+use std::fs::File;
+use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
@@ -33,6 +37,20 @@ impl Host {
     /// The path of its namespace.
     pub(crate) fn namespace(&self) -> &str {
         &self.namespace
+    }
+
+    /// A command that runs in this namespace.
+    pub(crate) fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let namespace = File::open(&self.namespace).expect("its namespace");
+        let mut command = Command::new(program);
+        // SAFETY: setns(2) takes a descriptor that the closure owns, and no memory.
+        unsafe {
+            command.pre_exec(move || match libc::setns(namespace.as_raw_fd(), 0) {
+                0 => Ok(()),
+                _ => Err(std::io::Error::last_os_error()),
+            })
+        };
+        command
     }
 
     /// Starts a job, whose result arrives later.

@@ -3,17 +3,15 @@
 #[path = "run_netns/ipv6.rs"]
 mod ipv6;
 
-use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
-use std::os::fd::AsRawFd;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::Instant;
 
 use sha2::{Digest, Sha256};
 
-use crate::host::{Host, ip};
+use crate::world::{OUTSIDE, World};
 use crate::{LIMIT, ended, text};
 
 /// The user that owns nothing.
@@ -201,52 +199,6 @@ fn the_command_ends_with_its_network() {
     while is_there() {
         assert!(start.elapsed() < LIMIT, "the command is still there");
         std::thread::sleep(std::time::Duration::from_millis(10));
-    }
-}
-
-/// The world outside of a host, which runs the command. Both are network namespaces with a cable between
-/// them.
-struct World {
-    host: Host,
-    outside: Host,
-}
-
-/// The address of a server outside.
-const OUTSIDE: &str = "203.0.113.1";
-
-impl World {
-    fn new() -> Self {
-        let (host, outside) = (Host::new(), Host::new());
-        let there = outside.namespace().split('/').nth(4).expect("a thread").to_owned();
-        host.run(move || {
-            ip("link set lo up");
-            ip(&format!("link add w0 type veth peer name w1 netns {there}"));
-            ip("address add 203.0.113.2/24 dev w0");
-            ip("link set w0 up");
-            ip("route add default via 203.0.113.1");
-        });
-        outside.run(|| {
-            ip("link set lo up");
-            ip(&format!("address add {OUTSIDE}/24 dev w1"));
-            ip("link set w1 up");
-        });
-        Self { host, outside }
-    }
-
-    /// Runs a command of the host's in a network namespace of its own.
-    fn run_netns(&self, arguments: &[&str]) -> Output {
-        let namespace = File::open(self.host.namespace()).expect("its namespace");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vmring"));
-        // SAFETY: setns(2) takes a descriptor that the closure owns, and no memory.
-        unsafe {
-            command.pre_exec(move || match libc::setns(namespace.as_raw_fd(), 0) {
-                0 => Ok(()),
-                _ => Err(std::io::Error::last_os_error()),
-            })
-        };
-        command.arg("run-netns").args(arguments).stdin(Stdio::null());
-        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-        ended(child.expect("the command starts"), arguments)
     }
 }
 

@@ -4,8 +4,6 @@
 use std::collections::BTreeSet;
 use std::io::{ErrorKind, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
-use std::os::fd::AsRawFd;
-use std::os::unix::process::CommandExt;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
@@ -189,16 +187,8 @@ impl Visitor {
             ip("link set t0 up");
             ip(&format!("route add default via {GATEWAY}"));
         });
-        let namespace = std::fs::File::open(host.namespace()).expect("its namespace");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vmring"));
+        let mut command = host.command(env!("CARGO_BIN_EXE_vmring"));
         command.args(["bridge", "tap:t0", &format!("qemu:{},client", wire.display())]);
-        // SAFETY: setns(2) takes a descriptor that the closure owns, and no memory.
-        unsafe {
-            command.pre_exec(move || match libc::setns(namespace.as_raw_fd(), 0) {
-                0 => Ok(()),
-                _ => Err(std::io::Error::last_os_error()),
-            })
-        };
         let bridge = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
         let bridge = bridge.spawn().expect("the command starts");
         Self { host, bridge }
