@@ -29,12 +29,18 @@ mod merging;
 #[path = "command/personality.rs"]
 mod personality;
 #[cfg(target_os = "linux")]
+#[path = "command/programs.rs"]
+mod programs;
+#[cfg(target_os = "linux")]
 #[path = "command/run_netns.rs"]
 mod run_netns;
 #[path = "command/serve.rs"]
 mod serve;
 #[path = "command/signals.rs"]
 mod signals;
+#[cfg(target_os = "linux")]
+#[path = "command/visitor.rs"]
+mod visitor;
 #[path = "command/width.rs"]
 mod width;
 #[path = "command/wires.rs"]
@@ -208,7 +214,7 @@ mod tap {
 
     use super::*;
 
-    fn skip(why: &str) {
+    pub(super) fn skip(why: &str) {
         let name = thread::current().name().unwrap_or("test").to_owned();
         let _ = writeln!(std::io::stderr(), "skipped: {name}: {why}");
     }

@@ -202,6 +202,21 @@ fn the_command_ends_with_its_network() {
     }
 }
 
+impl World {
+    /// Starts a command of the host's in a network namespace of its own.
+    pub(crate) fn start_run_netns(&self, arguments: &[&str]) -> Child {
+        let mut command = self.host.command(env!("CARGO_BIN_EXE_vmring"));
+        command.arg("run-netns").args(arguments).stdin(Stdio::null());
+        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
+        child.expect("the command starts")
+    }
+
+    /// Runs a command of the host's in a network namespace of its own.
+    pub(crate) fn run_netns(&self, arguments: &[&str]) -> Output {
+        ended(self.start_run_netns(arguments), arguments)
+    }
+}
+
 /// Answers one request of HTTP: a GET with `body`, a PUT with the digest of what came.
 fn answer(mut stream: TcpStream, body: &[u8]) {
     stream.set_read_timeout(Some(LIMIT)).expect("a timeout");

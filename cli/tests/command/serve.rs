@@ -44,7 +44,7 @@ pub(super) mod wires;
 use guest::{Guest, connect, mac, packet};
 
 /// A server that runs.
-struct Server {
+pub(super) struct Server {
     child: Option<Child>,
     arguments: Vec<String>,
     /// What it has said on stderr.
@@ -64,7 +64,7 @@ impl Server {
         Self::of(Command::new(env!("CARGO_BIN_EXE_vmring")).args(&arguments), &arguments)
     }
 
-    fn of(command: &mut Command, arguments: &[&str]) -> Self {
+    pub(super) fn of(command: &mut Command, arguments: &[&str]) -> Self {
         // Below sudo a server becomes the caller, who may not write into root's folders.
         let command = command.env_remove("SUDO_UID").env_remove("SUDO_GID");
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
@@ -152,7 +152,7 @@ impl Server {
     }
 
     /// Ends it by a signal, and returns its report. It ended well.
-    fn report(self, signal: &str) -> Value {
+    pub(super) fn report(self, signal: &str) -> Value {
         self.signal(signal);
         let (status, printed, said) = self.ended();
         assert_eq!(status.code(), Some(0), "{signal}: {said}");

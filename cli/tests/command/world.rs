@@ -1,8 +1,5 @@
 //! A host and the world outside of it: network namespaces with a cable between them.
 
-use std::process::{Child, Output, Stdio};
-
-use crate::ended;
 use crate::host::{Host, ip};
 
 /// The address of a server outside.
@@ -33,18 +30,5 @@ impl World {
             ip("link set w1 up");
         });
         Self { host, outside }
-    }
-
-    /// Starts a command of the host's in a network namespace of its own.
-    pub(crate) fn start_run_netns(&self, arguments: &[&str]) -> Child {
-        let mut command = self.host.command(env!("CARGO_BIN_EXE_vmring"));
-        command.arg("run-netns").args(arguments).stdin(Stdio::null());
-        let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
-        child.expect("the command starts")
-    }
-
-    /// Runs a command of the host's in a network namespace of its own.
-    pub(crate) fn run_netns(&self, arguments: &[&str]) -> Output {
-        ended(self.start_run_netns(arguments), arguments)
     }
 }

@@ -3,13 +3,12 @@
 
 use std::collections::BTreeSet;
 use std::io::{ErrorKind, Write};
-use std::net::{Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use super::*;
-use crate::host::{Host, ip};
+use crate::visitor::{GATEWAY, Visitor};
 
-const GATEWAY: Ipv4Addr = Ipv4Addr::new(192, 168, 64, 1);
 const GUEST: &str = "192.168.64.2";
 /// Ports of the guest that the host's lead to.
 const GUEST_PORT: u16 = 7777;
@@ -171,38 +170,6 @@ impl Ports {
     }
 }
 
-/// A guest's kernel, and the bridge from its TAP to the server.
-pub(super) struct Visitor {
-    host: Host,
-    bridge: Child,
-}
-
-impl Visitor {
-    fn new(wire: &Path) -> Self {
-        let host = Host::new();
-        host.run(|| {
-            ip("link set lo up");
-            ip("tuntap add t0 mode tap");
-            ip(&format!("address add {GUEST}/24 dev t0"));
-            ip("link set t0 up");
-            ip(&format!("route add default via {GATEWAY}"));
-        });
-        let mut command = host.command(env!("CARGO_BIN_EXE_vmring"));
-        command.args(["bridge", "tap:t0", &format!("qemu:{},client", wire.display())]);
-        let bridge = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
-        let bridge = bridge.spawn().expect("the command starts");
-        Self { host, bridge }
-    }
-}
-
-impl Drop for Visitor {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.bridge.kill();
-        let _ = self.bridge.wait();
-    }
-}
-
 /// Asks the gateway for a name over IPv6, with the address that the gateway's advertisement gives a kernel.
 fn ask_over_ipv6() {
     let start = Instant::now();
@@ -244,7 +211,7 @@ fn ask_over_ipv6() {
 /// is dropped.
 pub(super) fn visit(wire: &Path, ports: Ports) -> Visitor {
     let Ports { stream, datagrams, nobody, forwarded } = ports;
-    let guest = Visitor::new(wire);
+    let guest = Visitor::new(wire, GUEST);
     let at = |port: u16| SocketAddr::new(GATEWAY.into(), port);
     // Out, by TCP and UDP.
     let echo = thread::spawn(move || echo_once(&stream.0));
@@ -389,7 +356,7 @@ fn a_guest_without_a_way_out_is_told_so() {
     }
     let path = scratch("serve no way out").join("a.sock");
     let server = Server::new(&["--listen", &wires::at("qemu", &path), "--no-nat"]);
-    let guest = Visitor::new(&path);
+    let guest = Visitor::new(&path, GUEST);
     guest.host.run(|| {
         let at = SocketAddr::from(([198, 51, 100, 1], 80));
         let error = TcpStream::connect_timeout(&at, LIMIT).expect_err("there is no way");
