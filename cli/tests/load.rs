@@ -3,13 +3,24 @@
 //! ```sh
 //! cargo test --release -p vmring-cli --test load -- flood
 //! cargo test --release -p vmring-cli --test load -- soak 600
+//! cargo test --release -p vmring-cli --test load -- nat-hostile 600
+//! cargo test --release -p vmring-cli --test load -- nat-soak 1800
+//! cargo test --release -p vmring-cli --test load -- nat-soak 1800 --defaults
 //! ```
 //!
 //! `flood` compares what two guests get through beside another guest that sends 200,000 broadcasts each
 //! second with what they get through beside one that sends as many frames to one guest. It fails below
 //! 80 %. `soak` runs for so many seconds (60 if none are given), and fails if the server's memory or
 //! descriptors grow, or if guests that do nothing wrong lose a frame although the machine is not
-//! saturated. The guests around them come, go, stall, flood and send rubbish. A program of its own, because it takes the machine for itself.
+//! saturated. The guests around them come, go, stall, flood and send rubbish.
+//!
+//! `nat-hostile` compares what a guest gets through the way out beside a hostile guest with what it gets
+//! beside a guest that sends as many harmless frames. It fails below 80 % if it runs for a minute or more, and
+//! if the server's memory or descriptors grow, or something is reached that no guest reaches. `nat-soak` makes
+//! 500 short connections each second, with raised limits or with the defaults. It fails if one connection
+//! does, or if memory, descriptors or flows are left over. Both need root, for their network namespaces.
+//!
+//! This is a program of its own, because it takes the machine for itself.
 
 use std::fmt;
 use std::fs::File;
@@ -23,6 +34,25 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
+
+#[cfg(target_os = "linux")]
+#[path = "command/host.rs"]
+mod host;
+#[cfg(target_os = "linux")]
+#[path = "load/nat_hostile.rs"]
+mod nat_hostile;
+#[cfg(target_os = "linux")]
+#[path = "load/nat_soak.rs"]
+mod nat_soak;
+#[cfg(target_os = "linux")]
+#[path = "command/visitor.rs"]
+mod visitor;
+#[cfg(target_os = "linux")]
+#[path = "load/way_out.rs"]
+mod way_out;
+#[cfg(target_os = "linux")]
+#[path = "command/world.rs"]
+mod world;
 
 const LIMIT: Duration = Duration::from_secs(60);
 const ALL: [u8; 6] = [0xff; 6];
@@ -50,9 +80,13 @@ struct Server {
 impl Server {
     /// Starts a server with a socket of each of these kinds, which have these options.
     fn start(kinds: &[&str], options: &str) -> Self {
+        Self::start_by(Command::new(env!("CARGO_BIN_EXE_vmring")), kinds, options)
+    }
+
+    /// The same, by a command of the program.
+    fn start_by(mut command: Command, kinds: &[&str], options: &str) -> Self {
         let folder = std::env::temp_dir().join(format!("vmring-load-{}", std::process::id()));
         std::fs::create_dir_all(&folder).expect("a folder");
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vmring"));
         command.args(["serve", "--json", "--network", "embedded:load"]);
         // The network keeps the memory of a port for the next one. Few ports are soon used, all of them.
         command.args(["--connections", "16"]);
@@ -87,15 +121,7 @@ impl Server {
     }
 
     fn sample(&self) -> Sample {
-        let of = |name: &str| format!("/proc/{}/{name}", self.child.id());
-        let status = std::fs::read_to_string(of("status")).expect("the server runs");
-        let field = |name: &str| {
-            let line = status.lines().find(|line| line.starts_with(name));
-            let number = line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
-            number.unwrap_or_else(|| panic!("no {name}"))
-        };
-        let descriptors = std::fs::read_dir(of("fd")).expect("the server runs").count() as u64;
-        Sample { memory: field("VmRSS:") * 1024_u64, descriptors, threads: field("Threads:") }
+        sample_of(self.child.id())
     }
 }
 
@@ -105,6 +131,19 @@ impl Drop for Server {
         let _ = self.child.wait();
         let _ = std::fs::remove_dir_all(&self.folder);
     }
+}
+
+/// What a process has now.
+fn sample_of(process: u32) -> Sample {
+    let of = |name: &str| format!("/proc/{}/{name}", process);
+    let status = std::fs::read_to_string(of("status")).expect("the server runs");
+    let field = |name: &str| {
+        let line = status.lines().find(|line| line.starts_with(name));
+        let number = line.and_then(|line| line.split_whitespace().nth(1)?.parse().ok());
+        number.unwrap_or_else(|| panic!("no {name}"))
+    };
+    let descriptors = std::fs::read_dir(of("fd")).expect("the server runs").count() as u64;
+    Sample { memory: field("VmRSS:") * 1024_u64, descriptors, threads: field("Threads:") }
 }
 
 /// What the server has.
@@ -519,6 +558,19 @@ fn soak(seconds: u64) -> bool {
     good && visits.load(Ordering::Relaxed) > 0
 }
 
+/// Whether this process may make network namespaces and TAPs. If not, says that it is skipped.
+#[cfg(target_os = "linux")]
+fn has_namespaces() -> bool {
+    // SAFETY: the argument is a plain number. The call only concerns that thread, which ends at once.
+    let unshare = || unsafe { libc::unshare(libc::CLONE_NEWNET) == 0 };
+    let has = thread::spawn(unshare).join().expect("it does not panic")
+        && Path::new("/dev/net/tun").exists();
+    if !has {
+        println!("skipped: network namespaces need root, and a TAP /dev/net/tun");
+    }
+    has
+}
+
 fn main() -> ExitCode {
     if !cfg!(target_os = "linux") {
         println!("skipped: the server's memory is read from /proc");
@@ -529,8 +581,20 @@ fn main() -> ExitCode {
     let good = match (arguments.first().map(String::as_str), seconds(60), seconds(3)) {
         (Some("flood"), _, Some(seconds)) => flood(seconds),
         (Some("soak"), Some(seconds), _) => soak(seconds),
+        #[cfg(target_os = "linux")]
+        (Some("nat-hostile"), Some(seconds), _) => !has_namespaces() || nat_hostile::run(seconds),
+        #[cfg(target_os = "linux")]
+        (Some("nat-soak"), Some(seconds), _) => {
+            let are_raised = arguments.get(2).map(String::as_str) != Some("--defaults");
+            !has_namespaces() || nat_soak::run(seconds, are_raised)
+        }
+        #[cfg(target_os = "linux")]
+        (Some("nat-network"), _, _) => nat_soak::network(&arguments[1], arguments[2] == "raised"),
         _ => {
-            println!("use: flood [SECONDS of each measurement], or soak [SECONDS]");
+            println!(
+                "use: flood [SECONDS of each measurement], soak [SECONDS], nat-hostile [SECONDS], or \
+                 nat-soak [SECONDS [--defaults]]"
+            );
             false
         }
     };
