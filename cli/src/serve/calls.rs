@@ -197,6 +197,7 @@ pub(crate) const CALLS: &[Call] = calls! {
     };
     SYS_bind: Nat, Only::Any;
     SYS_connect: Nat, Only::Any;
+    SYS_getpeername: Nat, Only::Any;
     SYS_setsockopt: Nat, Only::Any;
     SYS_sendmsg: Nat, Only::Any;
     SYS_recvmmsg: Nat, Only::Any;

@@ -52,11 +52,19 @@ impl Traced {
         (file, command, arguments)
     }
 
-    /// The calls that it made after it had confined itself.
-    fn calls(file: &Path) -> BTreeSet<String> {
+    /// The calls that it made after it had confined itself: of all threads, or of the one with this name.
+    fn calls(file: &Path, thread: Option<&str>) -> BTreeSet<String> {
         let trace = std::fs::read_to_string(file).expect("a trace");
         let (_, after) = trace.rsplit_once("seccomp(SECCOMP_SET_MODE_FILTER").expect("a filter");
         let (_, after) = after.split_once('\n').expect("a line");
+        let number = thread.map(|thread| {
+            let names = format!("prctl(PR_SET_NAME, \"{thread}\"");
+            let line = trace.lines().find(|line| line.contains(&names)).expect("the thread");
+            line.split_whitespace().next().expect("its number")
+        });
+        let is_its = |line: &&str| {
+            number.is_none_or(|number| line.split_whitespace().next() == Some(number))
+        };
         let name = |line: &str| {
             let (_, call) = line.split_once(' ')?;
             let (name, _) = call.trim_start().split_once('(')?;
@@ -64,7 +72,7 @@ impl Traced {
                 |letter: char| letter.is_ascii_lowercase() || "_0123456789".contains(letter);
             name.chars().all(is_name).then(|| name.to_owned())
         };
-        after.lines().filter_map(name).collect()
+        after.lines().filter(is_its).filter_map(name).collect()
     }
 
     /// Ends it by a signal, and returns its calls.
@@ -81,7 +89,7 @@ impl Traced {
         loop {
             let trace = std::fs::read_to_string(file).expect("a trace");
             if trace.contains("exit_group(") || trace.contains("+++ killed") {
-                return Self::calls(file);
+                return Self::calls(file, None);
             }
             assert!(start.elapsed() < LIMIT, "the trace does not end");
             thread::sleep(Duration::from_millis(10));
@@ -371,15 +379,18 @@ fn own(folder: &Path) -> BTreeSet<String> {
     traced.ended()
 }
 
-/// A guest on a wire reaches the world.
-fn way_out(folder: &Path, ports: super::way_out::Ports) -> BTreeSet<String> {
+/// A guest on a wire reaches the world. Returns the calls of the server, and those of the translator's thread
+/// alone, which it also makes if there is no wire that needs them.
+fn way_out(folder: &Path, ports: super::way_out::Ports) -> [BTreeSet<String>; 2] {
     let path = folder.join("a.sock");
     let (options, wire) = (ports.options(), wires::at("qemu", &path));
     let mut arguments = vec!["--network", "embedded:lab", "--listen", &wire];
     arguments.extend(as_strs(&options));
     let traced = Traced::new(folder, &arguments);
     drop(super::way_out::visit(&path, ports));
-    traced.ended()
+    let file = traced.file.clone();
+    let all = traced.ended();
+    [all, Traced::calls(&file, Some("vmring-nat"))]
 }
 
 /// Guests below a TAP.
@@ -441,9 +452,12 @@ fn the_list_of_system_calls_is_what_a_server_calls() {
     ];
     if is_possible() {
         use super::way_out::Ports;
-        let when = vec![When::Wires, When::Nat, When::Resolvers];
-        kinds.push((when.clone(), way_out(&folder("way out"), Ports::new())));
-        kinds.push((when, way_out(&folder("late way out"), Ports::to_go_out())));
+        let when = vec![When::Nat, When::Resolvers];
+        for (name, ports) in [("way out", Ports::new()), ("late way out", Ports::to_go_out())] {
+            let [all, translators] = way_out(&folder(name), ports);
+            kinds.push(([&when[..], &[When::Wires]].concat(), all));
+            kinds.push((when.clone(), translators));
+        }
         kinds.extend(super::tap::in_namespace(taps));
     }
     let mut wrong = Vec::new();
