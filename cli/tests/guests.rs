@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 use vmring_guest::{Engine, Folder, Guest, Missing, Nic, Process, Running};
 
+#[path = "command/host.rs"]
+mod host;
 #[path = "guests/migration.rs"]
 mod migration;
 #[path = "guests/personality.rs"]
@@ -21,8 +23,12 @@ mod personality;
 mod restarts;
 #[path = "guests/traffic.rs"]
 mod traffic;
+#[path = "guests/way_out.rs"]
+mod way_out;
 #[path = "guests/wires.rs"]
 mod wires;
+#[path = "command/world.rs"]
+mod world;
 
 /// No step here needs a tenth of this, even on a busy machine.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -61,8 +67,12 @@ struct Server {
 impl Server {
     /// Starts the command, and waits until guests can connect.
     fn start(network: &str, sockets: &[&Path], more: &[&str]) -> Self {
+        Self::start_by(Command::new(env!("CARGO_BIN_EXE_vmring")), network, sockets, more)
+    }
+
+    /// The same, by a command of the program.
+    fn start_by(mut command: Command, network: &str, sockets: &[&Path], more: &[&str]) -> Self {
         let folder = Folder::new();
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vmring"));
         command.args(["serve", "--json", "--network", network]).args(more);
         for socket in sockets {
             command.args(["--listen", &format!("vhost-user:{}", socket.display())]);

@@ -561,14 +561,11 @@ fn soak(seconds: u64) -> bool {
 /// Whether this process may make network namespaces and TAPs. If not, says that it is skipped.
 #[cfg(target_os = "linux")]
 fn has_namespaces() -> bool {
-    // SAFETY: the argument is a plain number. The call only concerns that thread, which ends at once.
-    let unshare = || unsafe { libc::unshare(libc::CLONE_NEWNET) == 0 };
-    let has = thread::spawn(unshare).join().expect("it does not panic")
-        && Path::new("/dev/net/tun").exists();
-    if !has {
-        println!("skipped: network namespaces need root, and a TAP /dev/net/tun");
+    let why = host::obstacle();
+    if let Some(why) = why {
+        println!("skipped: {why}");
     }
-    has
+    why.is_none()
 }
 
 fn main() -> ExitCode {

@@ -4,6 +4,7 @@ use std::ffi::OsStr;
 use std::fs::File;
 use std::os::fd::AsRawFd;
 use std::os::unix::process::CommandExt;
+use std::path::Path;
 use std::process::Command;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread;
@@ -67,6 +68,19 @@ impl Host {
     #[track_caller]
     pub(crate) fn run<T: Send + 'static>(&self, job: impl FnOnce() -> T + Send + 'static) -> T {
         self.start(job).recv_timeout(LIMIT).expect("it ends in time")
+    }
+}
+
+/// Why this process cannot make network namespaces and TAPs, if it cannot.
+pub(crate) fn obstacle() -> Option<&'static str> {
+    // SAFETY: the argument is a plain number. The call only concerns that thread, which ends at once.
+    let unshare = || unsafe { libc::unshare(libc::CLONE_NEWNET) == 0 };
+    if !thread::spawn(unshare).join().expect("it does not panic") {
+        Some("a network namespace needs root")
+    } else if !Path::new("/dev/net/tun").exists() {
+        Some("there is no /dev/net/tun")
+    } else {
+        None
     }
 }
 
