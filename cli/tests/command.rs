@@ -12,6 +12,9 @@ use serde_json::Value;
 mod bench;
 #[path = "command/captures.rs"]
 mod captures;
+#[cfg(target_os = "linux")]
+#[path = "command/carry.rs"]
+mod carry;
 #[path = "command/completions.rs"]
 mod completions;
 #[path = "command/dhcp.rs"]

@@ -36,6 +36,9 @@ use std::time::{Duration, Instant};
 use serde_json::Value;
 
 #[cfg(target_os = "linux")]
+#[path = "command/carry.rs"]
+mod carry;
+#[cfg(target_os = "linux")]
 #[path = "command/host.rs"]
 mod host;
 #[cfg(target_os = "linux")]

@@ -15,6 +15,8 @@ use crate::visitor::Visitor;
 use crate::world::{HOST, OUTSIDE, World};
 use crate::{LIMIT, ended, text};
 
+#[path = "programs/faults.rs"]
+mod faults;
 #[path = "programs/forwards.rs"]
 mod forwards;
 #[path = "programs/hostile.rs"]

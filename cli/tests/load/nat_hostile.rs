@@ -32,7 +32,7 @@ const METADATA: [u8; 4] = [169, 254, 169, 254];
 /// The port at which the good guest's server is, and one at which nobody may be reached.
 const PORT: u16 = 80;
 const FORBIDDEN: u16 = 8000;
-/// The port of the server that answers nothing.
+/// The port of the server that answers nothing, over UDP, and of one that ends each connection, over TCP.
 const SINK: u16 = 9;
 /// How many different frames there are. They repeat in this order.
 const FRAMES: usize = 130_000;
@@ -105,7 +105,7 @@ fn hostile(gateway: [u8; 6], number: usize) -> Vec<u8> {
     match number % 10 {
         // Half go where nobody answers, and a quarter to a server that does.
         0 | 1 => packet((HOSTILE, BLACK_HOLE), (TCP, 0), segment(port, PORT, (seq, 0), SYN, &[])),
-        2 => packet(outside, (TCP, 0), segment(port, PORT, (seq, 0), SYN, &[])),
+        2 => packet(outside, (TCP, 0), segment(port, SINK, (seq, 0), SYN, &[])),
         3 | 4 => {
             let to = 1 + (number / 10 * 2 + number % 2) % 65_000;
             packet(outside, (UDP, 0), datagram(5000, to as u16, 100 + number % 400))
@@ -123,12 +123,12 @@ fn hostile(gateway: [u8; 6], number: usize) -> Vec<u8> {
                 2 => SERVER,
                 _ => [10, 0, (number >> 8) as u8, number as u8],
             };
-            packet((from, SERVER), (TCP, 0), segment(port, PORT, (seq, 0), SYN, &[]))
+            packet((from, SERVER), (TCP, 0), segment(port, SINK, (seq, 0), SYN, &[]))
         }
         7 | 8 => {
             // Any flags, sequence numbers of anywhere, and data.
             let flags = (number / 10 % 256) as u8;
-            let ports = (1024 + (number % 500) as u16, PORT);
+            let ports = (1024 + (number % 500) as u16, SINK);
             let data = vec![0x5a; number % 600];
             let mut bytes = segment(ports.0, ports.1, (seq, seq.rotate_left(7)), flags, &data);
             if number % 70 == 7 {
@@ -288,6 +288,8 @@ pub(crate) fn run(seconds: u64) -> bool {
             stream.write_all(&bytes)?;
         }
     });
+    let end = world.outside.run(|| TcpListener::bind((OUTSIDE, SINK)).expect("a port"));
+    thread::spawn(move || end.incoming().for_each(drop));
     let command = world.host.command(env!("CARGO_BIN_EXE_vmring"));
     let server = Server::start_by(command, &["qemu"], "");
     let good = Visitor::new(&server.at("qemu"), GOOD);

@@ -16,8 +16,9 @@ use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 use vmring::device::embedded::nat::{Counter, Limits, NatControl, NatSettings, PortLimits};
-use vmring::{Direction, Embedded, Interface, RingOp, Tap};
+use vmring::{Embedded, Interface, Tap};
 
+use crate::carry::carry;
 use crate::host::{Host, ip};
 use crate::way_out::{Halves, Stop, serve_outside};
 use crate::world::World;
@@ -29,7 +30,6 @@ const SERVERS: usize = 4;
 const PORT: u16 = 80;
 /// Threads of the guest, each of which has one connection at a time.
 const CLIENTS: u64 = 16;
-const DEPTH: u32 = 256;
 
 /// With these, nothing in the way of [`RATE`] is a limit.
 fn raised() -> Limits {
@@ -61,7 +61,7 @@ pub(crate) fn network(namespace: &str, are_raised: bool) -> bool {
     thread::scope(|scope| {
         for (from, to) in [(&tap, &network), (&network, &tap)] {
             let stop = stop.clone();
-            scope.spawn(move || carry(from, to, &stop));
+            scope.spawn(move || carry(from, to, || stop.is_told()));
         }
         for _ in std::io::stdin().lock().lines() {
             let report = control.report().expect("the translator answers");
@@ -81,41 +81,6 @@ pub(crate) fn network(namespace: &str, are_raised: bool) -> bool {
         stop.tell();
     });
     true
-}
-
-/// Moves packets from one interface to the other.
-fn carry(from: &Interface, to: &Interface, stop: &Stop) {
-    let mut reads = from.ring(Direction::Read).depth(DEPTH).build().expect("a ring");
-    let mut writes = to.ring(Direction::Write).depth(DEPTH).build().expect("a ring");
-    while let Some(frame) = reads.alloc() {
-        if reads.submit_read(frame, 0).is_err() {
-            break;
-        }
-    }
-    let mut packets = Vec::new();
-    while !stop.is_told() {
-        reads.wait(1, Some(Duration::from_millis(100)));
-        for done in reads.reap() {
-            let (op, is_good) = (done.op, done.result.is_ok());
-            packets.extend(done.take_frame().filter(|_| op == RingOp::Read).map(|f| (f, is_good)));
-        }
-        for (mut frame, is_good) in packets.drain(..) {
-            while is_good && !stop.is_told() {
-                writes.reap().for_each(drop);
-                let Some(mut copy) = writes.alloc() else {
-                    writes.wait(1, Some(Duration::from_millis(10)));
-                    continue;
-                };
-                copy.copy_from(&frame).expect("both ends have the same longest packet");
-                // What the ring refuses is lost, as on a wire.
-                let _ = writes.submit_write(copy, 0);
-                break;
-            }
-            frame.reset();
-            // A ring that is closed takes none.
-            let _ = reads.submit_read(frame, 0);
-        }
-    }
 }
 
 /// The process of the network, as the load sees it.

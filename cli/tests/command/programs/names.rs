@@ -1,6 +1,6 @@
 //! dig asks the gateway, and dnsmasq answers outside.
 
-use std::net::UdpSocket;
+use std::net::{TcpListener, UdpSocket};
 
 use super::*;
 
@@ -24,6 +24,9 @@ fn resolver(world: &World, at: &'static str, name: &str) -> Daemon {
     command.args(["--local=/test/", &format!("--listen-address={at}")]);
     command.arg("--host-record=www.example.test,192.0.2.7,2001:db8::7");
     command.arg(format!("--txt-record=who.example.test,{name}"));
+    // Names of somebody who wants guests to reach the host.
+    command.arg(format!("--host-record=host.rebound.test,{HOST}"));
+    command.arg("--host-record=metadata.rebound.test,169.254.169.254");
     let resolver = Daemon::start(command.args(long));
     until_answered(world, at);
     resolver
@@ -140,6 +143,27 @@ fn dig_asks_the_resolvers_that_the_host_has_now() {
     let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
     let said = succeeded(&ended(child.expect("unshare starts"), &["unshare"]));
     assert_eq!(said.lines().collect::<Vec<_>>(), ["\"first\"", "\"second\""]);
+}
+
+/// What a name leads to is decided when a guest connects, whoever has answered (DNS rebinding).
+#[test]
+fn a_name_that_leads_to_the_host_leads_nowhere() {
+    if !have(&["dig", "dnsmasq", "curl"]) {
+        return;
+    }
+    let world = World::new();
+    let _resolver = resolver(&world, OUTSIDE, "first");
+    let listener = world.host.run(|| TcpListener::bind(("0.0.0.0", 8000)).expect("its port"));
+    listener.set_nonblocking(true).expect("a socket");
+    let script = format!(
+        "dig +short @{GATEWAY} host.rebound.test; \
+         for name in host metadata; do \
+           curl -s -m 60 http://$name.rebound.test:8000/ && echo reached || echo refused; \
+         done"
+    );
+    let said = guest(&world, &["--dns", OUTSIDE], &script);
+    assert_eq!(said.lines().collect::<Vec<_>>(), [HOST, "refused", "refused"]);
+    assert_eq!(listener.accept().expect_err("nobody").kind(), std::io::ErrorKind::WouldBlock);
 }
 
 /// A guest that asks much is told that it waits for too many answers, and asks again later.
