@@ -103,8 +103,8 @@ fn streams_survive_a_link_that_loses_and_damages_packets() {
     if !have(&[]) {
         return;
     }
-    let faults = Faults::seeded(5).errors(0.02, Status::Failure).corruption(0.02);
-    let report = through("loss", faults, 512 << 10);
+    let faults = Faults::seeded(5).errors(0.01, Status::Failure).corruption(0.08);
+    let report = through("loss", faults, 128 << 10);
     let counters = &report.counters;
     let again = counters[Counter::FastRetransmit] + counters[Counter::TimeoutRetransmit];
     assert!(again > 0, "{counters:?}");
