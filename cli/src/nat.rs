@@ -1,10 +1,12 @@
 //! The options of the way out that the embedded network has.
 
+use std::fmt::{self, Display};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
+use std::str::FromStr;
 
 use clap::Args;
 use vmring::Embedded;
-use vmring::device::embedded::nat::{ForwardRule, HostPort, NatSettings, Rule};
+use vmring::device::embedded::nat::{ForwardRule, HostPort, Limits, NatSettings, Rule};
 
 use crate::failure::Failure;
 
@@ -41,8 +43,13 @@ pub(crate) struct NatArgs {
     /// Leave the network without IPv6
     #[arg(long, conflicts_with = "ipv6")]
     pub(crate) no_ipv6: bool,
+    /// Change how far guests can make something grow: flows, half-open, udp-flows, echo-flows,
+    /// dns-pending, new-flows-per-second (a guest has at most three quarters of each), kernel-memory
+    /// (bytes) or descriptors; can be repeated
+    #[arg(long, value_name = "NAME=NUMBER")]
+    pub(crate) limit: Vec<Limit>,
     /// Leave guests without a way out
-    #[arg(long, conflicts_with_all = ["forward", "deny", "allow", "host_port", "dns"])]
+    #[arg(long, conflicts_with_all = ["forward", "deny", "allow", "host_port", "dns", "limit"])]
     pub(crate) no_nat: bool,
 }
 
@@ -56,7 +63,7 @@ fn prefix(text: &str) -> Result<Ipv6Addr, String> {
 impl NatArgs {
     /// Refuses the options where there is no embedded network, or where there are two.
     pub(crate) fn check(&self, networks: usize) -> Result<(), Failure> {
-        if networks == 1 || *self == Self::default() {
+        if networks == 1 || !self.is_given() {
             return Ok(());
         }
         let given = if self.no_nat {
@@ -71,6 +78,8 @@ impl NatArgs {
             "--host-port"
         } else if !self.dns.is_empty() {
             "--dns"
+        } else if !self.limit.is_empty() {
+            "--limit"
         } else if self.no_ipv6 {
             "--no-ipv6"
         } else {
@@ -81,6 +90,11 @@ impl NatArgs {
             _ => "both ends are embedded networks, and each would have a way out of its own",
         };
         Err(Failure::Usage(format!("{given} cannot be used: {why}")))
+    }
+
+    /// Whether there is any of the options.
+    pub(crate) fn is_given(&self) -> bool {
+        *self != Self::default()
     }
 
     /// Gives a driver of the embedded network these settings.
@@ -107,9 +121,149 @@ impl NatArgs {
         let settings = self.deny.iter().fold(NatSettings::new(), |all, one| all.deny(*one));
         let settings = self.allow.iter().fold(settings, |all, one| all.allow(*one));
         let settings = self.host_port.iter().fold(settings, |all, one| all.host_port(*one));
+        let settings = if self.limit.is_empty() {
+            settings
+        } else {
+            let mut limits = Limits::default();
+            self.limit.iter().for_each(|one| one.apply(&mut limits));
+            settings.limits(limits)
+        };
         if self.dns.is_empty() {
             return settings;
         }
         settings.resolvers(self.dns.iter().map(|address| SocketAddr::new(*address, DNS_PORT)))
+    }
+}
+
+/// A limit of the way out, as an option names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Limit {
+    what: Limited,
+    most: u64,
+}
+
+/// What is limited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Limited {
+    Flows,
+    HalfOpen,
+    UdpFlows,
+    EchoFlows,
+    DnsPending,
+    NewFlowsPerSecond,
+    KernelMemory,
+    Descriptors,
+}
+
+/// Their names.
+const LIMITED: [(&str, Limited); 8] = [
+    ("flows", Limited::Flows),
+    ("half-open", Limited::HalfOpen),
+    ("udp-flows", Limited::UdpFlows),
+    ("echo-flows", Limited::EchoFlows),
+    ("dns-pending", Limited::DnsPending),
+    ("new-flows-per-second", Limited::NewFlowsPerSecond),
+    ("kernel-memory", Limited::KernelMemory),
+    ("descriptors", Limited::Descriptors),
+];
+/// The most that a table of flows may be told to hold, so that a number is not taken for a size of memory.
+const MOST: u64 = 10_000_000;
+
+impl Limit {
+    /// Sets it, and the part of it that one guest has.
+    fn apply(self, limits: &mut Limits) {
+        let most = self.most as usize;
+        let part = most - most / 4;
+        let port = &mut limits.port;
+        match self.what {
+            Limited::Flows => (limits.flows, port.flows) = (most, part),
+            Limited::HalfOpen => (limits.half_open, port.half_open) = (most, part),
+            Limited::UdpFlows => (limits.udp_flows, port.udp_flows) = (most, part),
+            Limited::EchoFlows => (limits.echo_flows, port.echo_flows) = (most, part),
+            Limited::DnsPending => (limits.dns_pending, port.dns_pending) = (most, part),
+            Limited::NewFlowsPerSecond => {
+                (limits.new_flows_per_second, port.new_flows_per_second) =
+                    (most as u32, part as u32);
+            }
+            Limited::KernelMemory => limits.kernel_memory = self.most,
+            Limited::Descriptors => limits.descriptors = most,
+        }
+    }
+}
+
+impl FromStr for Limit {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || {
+            let names: Vec<&str> = LIMITED.iter().map(|(name, _)| *name).collect();
+            format!("a limit must be NAME=NUMBER with one of the names {}", names.join(", "))
+        };
+        let (name, number) = text.split_once('=').ok_or_else(wrong)?;
+        let (_, what) = *LIMITED.iter().find(|(of, _)| *of == name).ok_or_else(wrong)?;
+        let most = number.parse().map_err(|_| wrong())?;
+        if what != Limited::KernelMemory && most > MOST {
+            return Err(format!("{name} must be at most {MOST}"));
+        }
+        Ok(Self { what, most })
+    }
+}
+
+impl Display for Limit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let name = LIMITED.iter().find(|(_, what)| *what == self.what).map_or("", |(name, _)| name);
+        write!(f, "{name}={}", self.most)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_limit_holds_for_the_network_and_three_quarters_of_it_for_a_guest() {
+        let of = |text: &str| {
+            let mut limits = Limits::default();
+            text.parse::<Limit>().expect("a limit").apply(&mut limits);
+            limits
+        };
+        let limits = of("flows=400");
+        assert_eq!((limits.flows, limits.port.flows), (400, 300));
+        assert_eq!(of("half-open=4").port.half_open, 3);
+        assert_eq!(of("udp-flows=1").port.udp_flows, 1);
+        assert_eq!(of("echo-flows=8").port.echo_flows, 6);
+        assert_eq!(of("dns-pending=0").port.dns_pending, 0);
+        let limits = of("new-flows-per-second=8000");
+        assert_eq!((limits.new_flows_per_second, limits.port.new_flows_per_second), (8000, 6000));
+        assert_eq!(of("kernel-memory=99999999999").kernel_memory, 99_999_999_999);
+        assert_eq!(of("descriptors=70").descriptors, 70);
+        // The numbers that nobody changes stay: a guest has three quarters of them, too.
+        for (name, what) in LIMITED {
+            let mut limits = Limits::default();
+            let most = match what {
+                Limited::Flows => limits.flows as u64,
+                Limited::HalfOpen => limits.half_open as u64,
+                Limited::UdpFlows => limits.udp_flows as u64,
+                Limited::EchoFlows => limits.echo_flows as u64,
+                Limited::DnsPending => limits.dns_pending as u64,
+                Limited::NewFlowsPerSecond => limits.new_flows_per_second.into(),
+                Limited::KernelMemory => limits.kernel_memory,
+                Limited::Descriptors => limits.descriptors as u64,
+            };
+            let limit: Limit = format!("{name}={most}").parse().expect("a limit");
+            assert_eq!(limit.to_string(), format!("{name}={most}"));
+            limit.apply(&mut limits);
+            assert_eq!(limits, Limits::default(), "{name}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_limit_is_refused_in_a_sentence() {
+        for wrong in ["flows", "flow=3", "flows=", "flows=-1", "=4", "flows=many"] {
+            let why = wrong.parse::<Limit>().unwrap_err();
+            assert!(why.contains("NAME=NUMBER") && why.contains("half-open"), "{wrong}: {why}");
+        }
+        let why = "flows=10000001".parse::<Limit>().unwrap_err();
+        assert!(why.contains("at most 10000000"), "{why}");
     }
 }

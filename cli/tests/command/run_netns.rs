@@ -302,6 +302,30 @@ fn a_command_reaches_the_world() {
     serving.recv_timeout(LIMIT).expect("the server has served all");
 }
 
+/// A command has as many connections as its limit allows, which is three quarters of what is given.
+#[test]
+fn a_command_has_no_more_connections_than_its_limit() {
+    if !crate::tap::is_possible() {
+        return;
+    }
+    let world = World::new();
+    let serving = world.outside.start(|| {
+        let listener = TcpListener::bind((OUTSIDE, 8000)).expect("its port");
+        (0..3).map(|_| listener.accept().map(|(stream, _)| stream)).collect::<Vec<_>>()
+    });
+    // What is beyond the limit is not answered.
+    let script = "open() { exec {fd}<>/dev/tcp/203.0.113.1/8000 && echo open; }; \
+                  open && open && open; \
+                  timeout 2 bash -c 'exec 3<>/dev/tcp/203.0.113.1/8000' || echo silent";
+    let output = world.run_netns(&["--limit", "flows=4", "--", "bash", "-c", script]);
+    if output.status.code() == Some(127) {
+        return eprintln!("skipped: there is no bash");
+    }
+    let (out, err) = (text(&output.stdout), text(&output.stderr));
+    assert_eq!(out.lines().collect::<Vec<_>>(), ["open", "open", "open", "silent"], "{err}");
+    serving.recv_timeout(LIMIT).expect("the server has had three");
+}
+
 /// What the options deny is refused at once, and the rest is reached.
 #[test]
 fn a_command_reaches_no_more_than_it_may() {
