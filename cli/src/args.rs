@@ -247,6 +247,10 @@ pub(crate) struct RunNetnsArgs {
     #[arg(long, value_name = "BYTES", default_value_t = 1500,
           value_parser = clap::value_parser!(u32).range(1280..=65_521))]
     pub(crate) mtu: u32,
+    /// What the command's kernel leaves to the network: all checksums and segments, for which its packets
+    /// have up to 64 KiB; or none, as a network card without offload
+    #[arg(long, value_enum, value_name = "WHAT", default_value_t = NetnsOffload::All)]
+    pub(crate) offload: NetnsOffload,
     /// The gateway's address and the subnet [default: 192.168.64.1/24]
     #[arg(long, value_name = "GATEWAY/BITS")]
     pub(crate) subnet: Option<Ipv4Range>,
@@ -255,6 +259,14 @@ pub(crate) struct RunNetnsArgs {
     /// The command and its arguments
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) command: Vec<OsString>,
+}
+
+/// What the TAP of a network namespace leaves to the network.
+#[cfg(target_os = "linux")]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum NetnsOffload {
+    All,
+    None,
 }
 
 const SERVE_NOTES: &str = "\
@@ -666,7 +678,8 @@ fn with_offload_joined(args: impl IntoIterator<Item = OsString>) -> Vec<OsString
     let mut joined: Vec<OsString> = Vec::new();
     let mut args = args.into_iter();
     while let Some(arg) = args.next() {
-        if arg == "--" {
+        let has_command = joined.len() == 1 && arg == "run-netns";
+        if arg == "--" || has_command {
             // What follows is a command of the user's.
             joined.push(arg);
             joined.extend(args);

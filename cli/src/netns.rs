@@ -33,7 +33,7 @@ use signal_hook::iterator::Signals;
 use vmring::device::Offloads;
 use vmring::{Embedded, Error, Interface, InterfaceBuilder, Mode, Tap};
 
-use crate::args::RunNetnsArgs;
+use crate::args::{NetnsOffload, RunNetnsArgs};
 use crate::bridge::forwarding::Bridge;
 use crate::bridge::spec::{End, InSoftware, start_with_most};
 use crate::device::QUEUE;
@@ -132,7 +132,11 @@ fn join(tap: &OwnedFd, args: &RunNetnsArgs) -> Result<(Bridge, Settings), Failur
     let start = |name: &str, builder: InterfaceBuilder| {
         builder.start().map_err(Failure::starting).map(|interface| End::of(name, interface))
     };
-    let tap = start_with_most(Offloads::ALL, |offloads| {
+    let wanted = match args.offload {
+        NetnsOffload::All => Offloads::ALL,
+        NetnsOffload::None => Offloads::default(),
+    };
+    let tap = start_with_most(wanted, |offloads| {
         let fd = tap.try_clone().map_err(|source| {
             Failure::starting(Error::Io { what: "duplicating a descriptor", source })
         })?;

@@ -10,6 +10,7 @@ use vmring::MacAddr6;
 
 use super::ipv6;
 use super::settings::Settings;
+use crate::args::NetnsOffload;
 
 /// The TAP's name.
 const NAME: &str = "tap0";
@@ -19,12 +20,16 @@ const LOOPBACK: &str = "lo";
 /// The device that makes TAPs.
 const TUN: &str = "/dev/net/tun";
 
-/// Creates the TAP, with a header for offload in front of each packet. Its largest IP packet has `mtu`
-/// bytes.
-pub(super) fn create(mtu: u32) -> Result<OwnedFd, String> {
+/// Creates the TAP. With offload there is a header in front of each packet. Its largest IP packet has
+/// `mtu` bytes.
+pub(super) fn create(mtu: u32, offload: NetnsOffload) -> Result<OwnedFd, String> {
     let failed = |error: io::Error| format!("making a TAP with {TUN} failed: {error}");
     let file = std::fs::OpenOptions::new().read(true).write(true).open(TUN).map_err(failed)?;
-    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    let header = match offload {
+        NetnsOffload::All => libc::IFF_VNET_HDR,
+        NetnsOffload::None => 0,
+    };
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | header;
     let mut request = request(NAME);
     request.ifr_ifru.ifru_flags = flags as libc::c_short;
     // SAFETY: TUNSETIFF reads and writes an `ifreq`.

@@ -145,12 +145,38 @@ fn its_exit_code_is_the_commands() {
     }
 }
 
+/// The TAP has the header of offload, or it has not; and packets pass through both.
+#[test]
+fn a_command_leaves_work_to_its_network_or_does_it_itself() {
+    for (offload, header) in [("all", "vnet_hdr on"), ("none", "vnet_hdr off")] {
+        let script = "ip -details link show tap0 && ping -c 1 -W 20 -s 1400 192.168.64.1";
+        let arguments = ["--offload", offload, "--", "sh", "-c", script];
+        let Some(output) = run(None, &arguments) else { return };
+        if output.status.code() == Some(127) {
+            return eprintln!("skipped: there is no ip or no ping here");
+        }
+        let (out, err) = (text(&output.stdout), text(&output.stderr));
+        assert!(out.contains(header), "no {header} in {out}{err}");
+        assert!(out.contains(" 0% packet loss"), "{out}{err}");
+    }
+}
+
+/// What looks like an option of ours behind the command's name is the command's, also without `--`.
+#[test]
+fn options_behind_the_command_are_its_own() {
+    let command = ["sh", "-c", "[ \"$*\" = '--offload none' ]", "sh", "--offload", "none"];
+    let Some(output) = run(None, &command) else { return };
+    assert_eq!(output.status.code(), Some(0), "{output:?}");
+}
+
 #[test]
 fn wrong_arguments_are_refused() {
     for (arguments, words) in [
         (&["run-netns"][..], "<COMMAND>"),
         (&["run-netns", "--mtu", "1000", "true"], "not in 1280 to 65521"),
         (&["run-netns", "--subnet", "8.8.8.1/24", "true"], "private"),
+        (&["run-netns", "--offload", "some", "true"], "[possible values: all, none]"),
+        (&["run-netns", "--limit", "flows=1,half-open=2", "true"], "NAME=NUMBER"),
     ] {
         let output = crate::vmring(arguments);
         let message = text(&output.stderr);
