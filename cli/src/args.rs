@@ -429,8 +429,9 @@ only one interface, which receives its own packets. With --device stream,
 datagram or seqpacket (Linux) there is a socket pair of that type between the
 two, as between a VMM and its helper. With --device tap (Linux,
 root) there are two TAPs with a bridge of the kernel between them, in a network
-namespace that the command makes and removes. Every packet is numbered, and
-checked where it arrives.
+namespace that the command makes and removes. With an option of the way out the
+embedded network is in shared mode and has it: what it costs packets between
+guests is the difference. Every packet is numbered, and checked where it arrives.
 What two threads cost depends on how far apart their processors are. The command
 keeps its threads on two, and says whether they are near or far: whether a cache
 line goes to the other one and back in less than 250 ns. If a host moves them
@@ -467,6 +468,8 @@ pub(crate) struct BenchArgs {
     /// Also draw the figures into this file, as SVG
     #[arg(long, value_name = "FILE.svg")]
     pub(crate) plot: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) nat: NatArgs,
     /// Print one JSON object instead of tables
     #[arg(long)]
     pub(crate) json: bool,

@@ -79,8 +79,9 @@ fn run_on(
     if offload && device != DeviceName::Embedded {
         return Err(Failure::Usage("--offload is for the embedded device".to_owned()));
     }
-    let interface =
-        endpoints::start_interface(device, "bench", offload).map_err(Failure::starting)?;
+    args.nat.check(usize::from(device == DeviceName::Embedded))?;
+    let interface = endpoints::start_interface(device, "bench", offload, &args.nat)
+        .map_err(Failure::starting)?;
     // Packets have no VLAN tag here, without which the longest are shorter.
     let longest = interface.mtu() + vmring::ETHERNET_HEADER_LEN as u32;
     let size = match offload {
@@ -105,9 +106,9 @@ fn run_on(
     let stop = Stop::on_signals()?;
     let measures = (ONE_WAY.len() + ROUND_TRIP.len() + BESIDE) as u32;
     let total = Duration::from_secs(args.seconds);
-    let (batch, time) = (args.batch as usize, total / measures);
+    let (batch, time, nat) = (args.batch as usize, total / measures, args.nat.clone());
     let cpu = processors.pair.map(|[_, second]| second);
-    let setup = Setup { device, size, offload, batch, time, cpu };
+    let setup = Setup { device, size, offload, batch, nat, time, cpu };
     summary.checks = ChecksSummary::new(cost_of_checks(&setup));
     let what = format!("measuring the {} device; Ctrl-C ends it", summary.device);
     let mut clock = Clock::start(&stop, total, (!args.json).then_some(&*what));

@@ -8,17 +8,18 @@ use std::thread;
 use std::time::Instant;
 
 use vmring::{
-    Direction, Drive, Error, Frame, IdlePolicy, Interface, Mode, OffloadHeader, Poller, Ring,
-    RingOp,
+    Direction, Drive, Driver, Error, Frame, IdlePolicy, Interface, Mode, OffloadHeader, Poller,
+    Ring, RingOp,
 };
 
 use super::check::Account;
 use super::limits::{CLOSE_TIMEOUT, CONTACT_PAUSE, CONTACT_TIMEOUT, SPINS};
 use super::setup::{Setup, header_of_tcp, offloads};
 use super::summary::RingsSummary;
-use crate::device::DeviceName;
+use crate::device::{DeviceName, embedded};
 use crate::dhcp::DhcpArgs;
 use crate::failure::Failure;
+use crate::nat::NatArgs;
 
 /// Which thread drives the rings, and how it waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,15 +55,18 @@ pub(crate) fn start_interface(
     device: DeviceName,
     network: &str,
     offload: bool,
+    nat: &NatArgs,
 ) -> Result<Interface, Error> {
-    // The network needs no way out, and TAPs have only a bridge between them.
+    // The network has a way out if it is asked for, and TAPs have only a bridge between them.
+    let mode = if nat.is_given() { Mode::Shared } else { Mode::Host };
     #[cfg(target_os = "linux")]
-    let mode =
-        if device.is_tap() { Mode::Bridged(crate::tap::BRIDGE.to_owned()) } else { Mode::Host };
-    #[cfg(not(target_os = "linux"))]
-    let mode = Mode::Host;
+    let mode = if device.is_tap() { Mode::Bridged(crate::tap::BRIDGE.to_owned()) } else { mode };
     let builder = Interface::builder().mode(mode).offloads(offloads(offload));
-    builder.device(device.driver(network, &DhcpArgs::default())?).start()
+    let driver: Box<dyn Driver> = match device {
+        DeviceName::Embedded => Box::new(nat.embedded(embedded(network, &DhcpArgs::default()))),
+        device => device.driver(network, &DhcpArgs::default())?,
+    };
+    builder.device(driver).start()
 }
 
 /// A ring, and its frames that are not in it.
@@ -102,7 +106,8 @@ impl Endpoints {
         let network = format!("bench {}", RUNS.fetch_add(1, Ordering::Relaxed));
         let count = if device == DeviceName::Loopback { 1 } else { 2 };
         let interfaces =
-            iter::repeat_with(|| start_interface(device, &network, setup.offload)).take(count);
+            iter::repeat_with(|| start_interface(device, &network, setup.offload, &setup.nat))
+                .take(count);
         let interfaces = interfaces.collect::<Result<_, _>>().map_err(Failure::starting)?;
         Ok(Self { dropped_before, ..Self::over(interfaces, driving, window, setup)? })
     }

@@ -158,6 +158,7 @@ mod tests {
     use super::*;
     use crate::bench::check::Totals;
     use crate::device::DeviceName;
+    use crate::nat::NatArgs;
     use crate::stop::Stop;
     use vmring::device::fault::Faults;
     use vmring::{Embedded, Interface};
@@ -169,6 +170,7 @@ mod tests {
             size: 60,
             offload: false,
             batch: 8,
+            nat: NatArgs::default(),
             time: Duration::from_millis(200),
             cpu: None,
         };

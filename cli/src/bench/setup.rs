@@ -8,6 +8,7 @@ use vmring::{Checksum, ETHERNET_HEADER_LEN, Gso, OffloadHeader};
 
 use super::check::{LARGE_HEADERS, Pattern};
 use crate::device::DeviceName;
+use crate::nat::NatArgs;
 
 /// What a measurement is asked for.
 #[derive(Debug)]
@@ -18,6 +19,8 @@ pub(crate) struct Setup {
     /// frame.
     pub(crate) offload: bool,
     pub(crate) batch: usize,
+    /// The way out of an embedded network, if there are options of it.
+    pub(crate) nat: NatArgs,
     /// The time for each thing that is measured.
     pub(crate) time: Duration,
     /// The processor of a poller thread. Otherwise it may run on any.
@@ -67,15 +70,9 @@ mod tests {
     fn a_short_time_has_enough_intervals() {
         let intervals = |millis| {
             let time = Duration::from_millis(millis);
-            Setup {
-                device: DeviceName::Embedded,
-                size: 60,
-                offload: false,
-                batch: 1,
-                time,
-                cpu: None,
-            }
-            .intervals()
+            let (device, nat) = (DeviceName::Embedded, NatArgs::default());
+            let setup = Setup { device, size: 60, offload: false, batch: 1, nat, time, cpu: None };
+            setup.intervals()
         };
         assert_eq!(intervals(1000), (10, Duration::from_millis(100)));
         assert_eq!(intervals(200), (5, Duration::from_millis(40)));

@@ -174,6 +174,7 @@ mod tests {
     use vmring::{Embedded, Interface};
 
     use crate::bench::endpoints::Driving;
+    use crate::nat::NatArgs;
 
     /// Measures for a fifth of a second between two ports of a network, each behind these faults. Returns the
     /// totals of the rings and of the bare loop, and how many places were seen.
@@ -183,6 +184,7 @@ mod tests {
             size: 60,
             offload: false,
             batch: 8,
+            nat: NatArgs::default(),
             time: Duration::from_millis(200),
             cpu: None,
         };

@@ -251,3 +251,26 @@ fn a_plot_that_cannot_be_written_is_refused_and_leaves_nothing() {
     refused(&["bench", "--size", "1", "--plot", path(&old)]);
     assert_eq!(std::fs::read_to_string(&old).expect("it is there"), "an older plot");
 }
+
+/// The way out belongs to the embedded network, whose packets all arrive whether it has one or not.
+#[test]
+fn a_bench_takes_the_way_out_of_the_embedded_network() {
+    let deny = ["--deny", "10.0.0.0/8", "--allow", "10.0.0.53:53,udp", "--limit", "flows=16"];
+    for options in [&[&deny[..], &["--forward", "0=192.168.64.2:22"]].concat()[..], &["--no-nat"]] {
+        whole(&bench(options), 1514, 32);
+    }
+    // The forward is there: its port is taken.
+    let taken = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+    let port = taken.local_addr().expect("it has a port").port();
+    let forward = format!("{port}=192.168.64.2:22");
+    let output = vmring(&["bench", "--seconds", "1", "--forward", &forward]);
+    let message = text(&output.stderr);
+    assert!(
+        !output.status.success() && message.contains("listening at the host's port"),
+        "{message}"
+    );
+    let message = refused(&["bench", "--device", "loopback", "--dns", "9.9.9.9"]);
+    assert!(message.contains("--dns cannot be used"), "{message}");
+    assert!(refused(&["bench", "--limit", "flow=1"]).contains("NAME=NUMBER"));
+    assert!(refused(&["bench", "--no-nat", "--limit", "flows=1"]).contains("cannot be used"));
+}
