@@ -257,6 +257,32 @@ mod tests {
         }
     }
 
+    /// The numbers that the guide page has are those of the code.
+    #[test]
+    fn the_guide_has_the_limits() {
+        let limits = Limits::default();
+        let port = limits.port;
+        let of = |what| match what {
+            Limited::Flows => (limits.flows as u64, Some(port.flows as u64)),
+            Limited::HalfOpen => (limits.half_open as u64, Some(port.half_open as u64)),
+            Limited::UdpFlows => (limits.udp_flows as u64, Some(port.udp_flows as u64)),
+            Limited::EchoFlows => (limits.echo_flows as u64, Some(port.echo_flows as u64)),
+            Limited::DnsPending => (limits.dns_pending as u64, Some(port.dns_pending as u64)),
+            Limited::NewFlowsPerSecond => {
+                (limits.new_flows_per_second.into(), Some(port.new_flows_per_second.into()))
+            }
+            Limited::KernelMemory => (limits.kernel_memory, None),
+            Limited::Descriptors => (limits.descriptors as u64, None),
+        };
+        let guide = include_str!("../../docs/nat.md");
+        for (name, what) in LIMITED {
+            let (most, port) = of(what);
+            let port = port.map_or("-".to_owned(), |port| port.to_string());
+            let row = format!("\n| `{name}` | {most} | {port} | ");
+            assert!(guide.contains(&row), "the guide has no row {row}");
+        }
+    }
+
     #[test]
     fn what_is_no_limit_is_refused_in_a_sentence() {
         for wrong in ["flows", "flow=3", "flows=", "flows=-1", "=4", "flows=many"] {

@@ -4,7 +4,8 @@
 //! guests reach the outside world as a program of this process would: without privileges, a TAP or a
 //! route. [`NatSettings`] says what they reach, and which ports of the host lead to them. The settings are
 //! the network's: whoever joins it asks for the same ones. [`NatControl`] changes port forwards while the
-//! network runs, and shows flows and counters.
+//! network runs, and shows flows and counters. The [guide] says what works and what is refused, the limits
+//! and their defaults, and what a VMM that confines itself has to allow.
 //!
 //! ```
 //! use vmring::device::embedded::nat::{NatControl, NatSettings};
@@ -69,6 +70,8 @@
 
 pub(super) mod control;
 mod guests;
+#[doc = include_str!("../../../docs/nat.md")]
+pub mod guide {}
 mod ipv6;
 mod limits;
 mod names;

@@ -20,6 +20,32 @@ mod table;
 
 use table::{CALLS, Call, When};
 
+/// The guide page lists the calls of the translator, and the others that a program needs for it. What the
+/// table has for it alone is in the first list, and the rest is what every server may call.
+#[test]
+#[cfg(all(target_arch = "x86_64", not(target_env = "musl")))]
+fn the_guide_has_the_translators_calls() {
+    let guide = include_str!("../../../../docs/nat.md");
+    let row = |start: &str| -> BTreeSet<&str> {
+        let line = guide.lines().find(|line| line.starts_with(start)).expect("a row");
+        let calls = line.split(" | ").nth(1).expect("a column");
+        // What is in brackets is an argument.
+        let calls = calls.split('(').map(|part| part.rsplit(')').next().expect("a part"));
+        calls.flat_map(|part| part.split('`').skip(1).step_by(2)).collect()
+    };
+    let of = |whens: &[When]| -> BTreeSet<&str> {
+        CALLS.iter().filter(|call| whens.contains(&call.when)).map(|call| call.name).collect()
+    };
+    let own: BTreeSet<&str> = row("| flows |").union(&row("| its start |")).copied().collect();
+    assert_eq!(own, of(&[When::Nat]));
+    let resolvers = row("| the host's resolvers");
+    assert_eq!(resolvers, of(&[When::Resolvers]));
+    let others = row("| what most programs need anyway |");
+    let always = of(&[When::Always, When::Elsewhere]);
+    let strange: Vec<_> = others.difference(&always).collect();
+    assert!(strange.is_empty(), "the table does not have {strange:?} for every server");
+}
+
 /// A server under strace(1), which writes its calls to a file.
 struct Traced {
     server: Server,
