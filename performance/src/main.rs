@@ -255,7 +255,7 @@ fn run(arguments: &Arguments) -> Result<()> {
     }
     match report.failed() {
         0 => Ok(()),
-        count => Err(format!("{count} part(s) failed").into()),
+        count => Err(format!("{count} part(s) or table(s) failed").into()),
     }
 }
 

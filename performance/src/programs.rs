@@ -1,8 +1,11 @@
 //! What this machine has to have for some parts, and what those parts are given.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
+use crate::plan::Part;
 use crate::report::{Table, Want};
+use crate::result::Result;
 
 /// Why a part cannot run that needs the `vmring` command.
 pub(crate) const NO_VMRING: &str = "no vmring command: `cargo build --release` in the folder above makes it, \
@@ -39,3 +42,27 @@ pub(crate) struct Programs<'a> {
 
 /// A table, or the reason why it cannot be measured here.
 pub(crate) type Measured = std::result::Result<(Table, Vec<Want>), String>;
+
+/// A table of a part: its name, and what measures it.
+pub(crate) type Step<'a> = (&'static str, &'a dyn Fn() -> Result<Measured>);
+
+/// Measures those tables whose name contains `only`. A table that fails says why, and the others are
+/// measured all the same.
+pub(crate) fn run_tables(steps: &[Step<'_>], only: &str) -> Part {
+    let (mut tables, mut wants) = (Vec::new(), Vec::new());
+    for (name, measure) in steps.iter().filter(|(name, _)| name.contains(only)) {
+        // A guest that does not start panics.
+        let measured = catch_unwind(AssertUnwindSafe(measure));
+        match measured.unwrap_or_else(|_| Err("it panicked".into())) {
+            Ok(Ok((table, more))) => {
+                tables.push(table);
+                wants.extend(more);
+            }
+            Ok(Err(why)) => {
+                tables.push(Table::new(name, format!("skipped: {why}"), &[""], &[""]));
+            }
+            Err(error) => tables.push(Table::failed(name, &error.to_string())),
+        }
+    }
+    Ok((tables, wants))
+}

@@ -140,6 +140,8 @@ pub(crate) struct Table {
     rows: Vec<Row>,
     #[serde(skip)]
     place: Option<Distance>,
+    /// Whether it could not be measured although everything for it is here.
+    failed: bool,
 }
 
 /// Where one half of a table was measured, and how often.
@@ -179,7 +181,7 @@ impl Table {
         figures: &'static [&'static str],
     ) -> Self {
         let (halves, rows) = (Vec::new(), Vec::new());
-        Self { name, about: about.into(), labels, figures, halves, rows, place: None }
+        Self { name, about: about.into(), labels, figures, halves, rows, place: None, failed: false }
     }
 
     /// The next rows are of this place, in which they had the least and the most of these rounds.
@@ -196,6 +198,11 @@ impl Table {
     /// The next rows are of no place.
     pub(crate) fn end(&mut self) {
         self.place = None;
+    }
+
+    /// A table that could not be measured, and why.
+    pub(crate) fn failed(name: &'static str, why: &str) -> Self {
+        Self { failed: true, ..Self::new(name, format!("FAILED: {why}"), &[""], &[""]) }
     }
 
     /// Adds a row: its labels, and for each figure the values of all rounds, or no values if the
@@ -383,7 +390,7 @@ impl Report {
 
     /// The number of parts that ended with an error.
     pub(crate) fn failed(&self) -> usize {
-        self.failed.len()
+        self.failed.len() + self.tables.iter().filter(|table| table.failed).count()
     }
 
     /// Notes where the processors are now that the parts have ended.

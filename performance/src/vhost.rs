@@ -13,12 +13,7 @@ mod stream;
 mod testpmd;
 
 use crate::plan::{Part, Plan};
-use crate::programs::{Measured, Programs};
-use crate::report::Table;
-use crate::result::Result;
-
-/// The tables, by name.
-type Step<'a> = (&'static str, &'a dyn Fn() -> Result<Measured>);
+use crate::programs::{Programs, Step, run_tables};
 
 pub(crate) fn run(plan: Plan, programs: Programs<'_>) -> Part {
     let steps: [Step<'_>; 5] = [
@@ -28,15 +23,5 @@ pub(crate) fn run(plan: Plan, programs: Programs<'_>) -> Part {
         (stream::NAME, &|| stream::run(plan, programs)),
         (notified::NAME, &|| notified::run(plan, programs.vmring)),
     ];
-    let (mut tables, mut wants) = (Vec::new(), Vec::new());
-    for (name, measure) in steps.into_iter().filter(|(name, _)| name.contains(programs.only)) {
-        match measure().map_err(|error| format!("{name}: {error}"))? {
-            Ok((table, more)) => {
-                tables.push(table);
-                wants.extend(more);
-            }
-            Err(why) => tables.push(Table::new(name, format!("skipped: {why}"), &[""], &[""])),
-        }
-    }
-    Ok((tables, wants))
+    run_tables(&steps, programs.only)
 }

@@ -15,7 +15,7 @@ use std::path::Path;
 use crate::common::pinned;
 use crate::net::{FULL_FRAME, SMALL_FRAME};
 use crate::plan::{Part, Plan};
-use crate::programs::{Measured, NO_VMRING, Programs};
+use crate::programs::{Measured, NO_VMRING, Programs, Step, run_tables};
 use crate::report::{Table, Want};
 use crate::result::Result;
 use crate::rounds::{Half, take_turns};
@@ -34,9 +34,6 @@ const LATENCY: &str = "wires, latency";
 const TIMES: u32 = 4;
 /// The longest frame of IPv4.
 const LONG_FRAME: usize = 14 + 65_535;
-
-/// The tables, by name.
-type Step<'a> = (&'static str, &'a dyn Fn() -> Result<Measured>);
 
 pub(crate) fn run(plan: Plan, programs: Programs<'_>) -> Part {
     let vmring = programs.vmring.ok_or(NO_VMRING)?;
@@ -76,17 +73,7 @@ pub(crate) fn run(plan: Plan, programs: Programs<'_>) -> Part {
         (LATENCY, &|| latency(plan, vmring)),
         (guests::NAME, &|| guests::run(plan, programs, vmring)),
     ];
-    let (mut tables, mut wants) = (Vec::new(), Vec::new());
-    for (name, measure) in steps.into_iter().filter(|(name, _)| name.contains(programs.only)) {
-        match measure().map_err(|error| format!("{name}: {error}"))? {
-            Ok((table, more)) => {
-                tables.push(table);
-                wants.extend(more);
-            }
-            Err(why) => tables.push(Table::new(name, format!("skipped: {why}"), &[""], &[""])),
-        }
-    }
-    Ok((tables, wants))
+    run_tables(&steps, programs.only)
 }
 
 /// The medians of a contender: packets per second, and nanoseconds of its processor time for each.
