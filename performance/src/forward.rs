@@ -340,7 +340,7 @@ pub(crate) fn await_listener() -> Result<()> {
 }
 
 /// How long all processors together have been busy.
-fn busy() -> Result<Duration> {
+pub(crate) fn busy() -> Result<Duration> {
     let table = fs::read_to_string("/proc/stat")?;
     let fields: Vec<u64> = table
         .lines()

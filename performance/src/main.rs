@@ -22,6 +22,7 @@ mod latency;
 mod lines;
 mod markdown;
 mod merge;
+mod nat;
 mod net;
 mod ours;
 mod place;
@@ -52,7 +53,7 @@ use clap::{Parser, Subcommand};
 
 use net::{FULL_FRAME, SMALL_FRAME};
 use plan::{Part, Plan};
-use programs::{NO_VMRING, Programs, has_program, no_tap};
+use programs::{NO_VMRING, Programs, Rivals, find_program, has_program, no_tap, version_of};
 use report::{Heading, Report, Sample, Table, Want};
 use result::Result;
 
@@ -78,13 +79,29 @@ struct Arguments {
     #[arg(long, global = true, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=60))]
     stream_seconds: u32,
 
-    /// The vmring command, for `vmring bridge` in tap-forward and tap-merge, and `vmring serve` in vhost and
-    /// wires. The default is the one that `cargo build --release` left in the folder above.
+    /// The vmring command, for `vmring bridge` in tap-forward and tap-merge, `vmring serve` in vhost, wires
+    /// and nat, and `vmring run-netns` in nat. The default is the one that `cargo build --release` left in the folder above.
     #[arg(long, global = true, value_name = "PATH")]
     bridge: Option<PathBuf>,
 
+    /// The program pasta, for nat. The default is the one on the path, as with the next two.
+    #[arg(long, global = true, value_name = "PATH")]
+    pasta: Option<PathBuf>,
+
+    /// The program passt, for nat.
+    #[arg(long, global = true, value_name = "PATH")]
+    passt: Option<PathBuf>,
+
+    /// The program slirp4netns, for nat.
+    #[arg(long, global = true, value_name = "PATH")]
+    slirp4netns: Option<PathBuf>,
+
+    /// How long nat tries each rate of datagrams.
+    #[arg(long, global = true, default_value_t = 5.0, value_parser = seconds)]
+    datagram_seconds: f64,
+
     /// Measure only those rows of lines that contain this text (the table, the bytes and the name, as in
-    /// "lines, steps: 1514: bare loop"), or those tables of vhost and wires whose name does.
+    /// "lines, steps: 1514: bare loop"), or those tables of vhost, wires and nat whose name does.
     #[arg(long, global = true, value_name = "TEXT", default_value = "")]
     only: String,
 
@@ -131,6 +148,8 @@ enum What {
     Vhost,
     /// Clients on the wires of `vmring serve`, beside a relay with one read and one write a frame.
     Wires,
+    /// The way out of the embedded network, beside the kernel's NAT, pasta and slirp4netns.
+    Nat,
     /// Packets per second into a TAP.
     TapWrite,
     /// Packets per second out of a TAP: out of a full queue, and while they arrive.
@@ -204,7 +223,29 @@ fn run(arguments: &Arguments) -> Result<()> {
     let vhost = |plan: Plan| vhost::run(plan, programs);
     let wires_missing = bridge.is_none().then_some(NO_VMRING);
     let wires = |plan: Plan| wires::run(plan, programs);
-    let steps: [Step<'_>; 16] = [
+    let rival = |given: &Option<PathBuf>, name| given.clone().or_else(|| find_program(name));
+    let [pasta, passt, slirp] = [
+        rival(&arguments.pasta, "pasta"),
+        rival(&arguments.passt, "passt"),
+        rival(&arguments.slirp4netns, "slirp4netns"),
+    ];
+    let datagram_seconds = if arguments.quick { 0.3 } else { arguments.datagram_seconds };
+    let rivals = Rivals {
+        pasta: pasta.as_deref(),
+        passt: passt.as_deref(),
+        slirp4netns: slirp.as_deref(),
+        datagram_time: Duration::from_secs_f64(datagram_seconds),
+    };
+    if matches!(arguments.what, Some(What::Nat | What::All) | None) {
+        for (name, program) in [("pasta", &pasta), ("passt", &passt), ("slirp4netns", &slirp)] {
+            if let Some(version) = program.as_deref().and_then(version_of) {
+                report.add_version(name, version);
+            }
+        }
+    }
+    let nat_missing = tap.or(wires_missing);
+    let nat = |plan: Plan| nat::run(plan, programs, rivals);
+    let steps: [Step<'_>; 17] = [
         (What::Echo, "echo", None, &echo::run),
         (What::Inline, "inline", None, &inline::run),
         (What::Latency, "latency", None, &latency::run),
@@ -217,6 +258,7 @@ fn run(arguments: &Arguments) -> Result<()> {
         (What::Idle, "idle", None, &idle::run),
         (What::Vhost, "vhost", None, &vhost),
         (What::Wires, "wires", wires_missing, &wires),
+        (What::Nat, "nat", nat_missing, &nat),
         (What::TapWrite, "tap-write", tap, &tap_write),
         (What::TapRead, "tap-read", tap, &tap_read),
         (What::TapForward, "tap-forward", stream_tap, &forward),

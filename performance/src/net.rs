@@ -61,6 +61,21 @@ impl Namespace {
         in_new_namespace(|| Ok(Self(File::open("/proc/thread-self/ns/net")?)))
     }
 
+    /// The namespace of a process's first thread.
+    pub(crate) fn of_process(process: u32) -> Result<Self> {
+        Ok(Self(File::open(format!("/proc/{process}/ns/net"))?))
+    }
+
+    /// The same namespace once more.
+    pub(crate) fn duplicate(&self) -> Result<Self> {
+        Ok(Self(self.0.try_clone()?))
+    }
+
+    /// A path at which other programs find it while this value lives.
+    pub(crate) fn path(&self) -> String {
+        format!("/proc/{}/fd/{}", std::process::id(), self.0.as_raw_fd())
+    }
+
     /// Runs `work` on a thread in this namespace.
     pub(crate) fn inside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
         thread::scope(|scope| {
@@ -75,8 +90,7 @@ impl Namespace {
 
     /// Moves an interface here from the calling thread's namespace.
     pub(crate) fn adopt(&self, interface: &str) -> Result<()> {
-        let (process, file) = (std::process::id(), self.0.as_raw_fd());
-        ip(&format!("link set {interface} netns /proc/{process}/fd/{file}"))
+        ip(&format!("link set {interface} netns {}", self.path()))
     }
 }
 

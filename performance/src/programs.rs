@@ -1,7 +1,9 @@
 //! What this machine has to have for some parts, and what those parts are given.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use crate::plan::Part;
 use crate::report::{Table, Want};
@@ -25,8 +27,33 @@ pub(crate) fn no_tap() -> Option<&'static str> {
 
 /// Whether a program is on the path.
 pub(crate) fn has_program(name: &str) -> bool {
+    find_program(name).is_some()
+}
+
+/// The program of this name that is on the path.
+pub(crate) fn find_program(name: &str) -> Option<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path).any(|folder| folder.join(name).is_file())
+    let programs = std::env::split_paths(&path).map(|folder| folder.join(name));
+    programs.into_iter().find(|program| program.is_file())
+}
+
+/// What a program says is its version: the last word of its first line.
+pub(crate) fn version_of(program: &Path) -> Option<String> {
+    let mut command = Command::new(program);
+    command.arg("--version").stdin(Stdio::null()).stderr(Stdio::null());
+    let output = command.output().ok()?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    said.lines().next()?.split_whitespace().last().map(str::to_owned)
+}
+
+/// Other programs that part `nat` runs, if they are here.
+#[derive(Clone, Copy)]
+pub(crate) struct Rivals<'a> {
+    pub(crate) pasta: Option<&'a Path>,
+    pub(crate) passt: Option<&'a Path>,
+    pub(crate) slirp4netns: Option<&'a Path>,
+    /// How long each rate of datagrams is tried.
+    pub(crate) datagram_time: Duration,
 }
 
 /// What a part with the `vmring` command needs besides the plan.

@@ -35,7 +35,7 @@ pub(crate) struct Heading {
     machine: String,
     cores: usize,
     kernel: String,
-    versions: Vec<(&'static str, &'static str)>,
+    versions: Vec<(&'static str, String)>,
     rounds: u32,
     seconds: f64,
     processors: Processors,
@@ -104,7 +104,7 @@ impl Heading {
             kernel: fs::read_to_string("/proc/sys/kernel/osrelease")?.trim().to_owned(),
             versions: COMPARED
                 .into_iter()
-                .filter_map(|name| Some((name, version(name)?)))
+                .filter_map(|name| Some((name, version(name)?.to_owned())))
                 .collect(),
             rounds,
             seconds,
@@ -116,6 +116,11 @@ impl Heading {
 impl Heading {
     pub(crate) fn rounds(&self) -> u32 {
         self.rounds
+    }
+
+    /// Adds the version of another program.
+    pub(crate) fn add_version(&mut self, name: &'static str, version: String) {
+        self.versions.push((name, version));
     }
 }
 
@@ -380,6 +385,10 @@ impl Report {
         self.wants.extend(wants);
     }
 
+    pub(crate) fn add_version(&mut self, name: &'static str, version: String) {
+        self.heading.add_version(name, version);
+    }
+
     pub(crate) fn skip(&mut self, part: &'static str, why: impl Into<String>) {
         self.skipped.push((part, why.into()));
     }
@@ -388,7 +397,7 @@ impl Report {
         self.failed.push((part, error));
     }
 
-    /// The number of parts that ended with an error.
+    /// The number of parts and tables that ended with an error.
     pub(crate) fn failed(&self) -> usize {
         self.failed.len() + self.tables.iter().filter(|table| table.failed).count()
     }

@@ -114,3 +114,21 @@ pub(crate) fn usage(process: u32) -> Result<(u64, u64)> {
     }
     Ok((time, switches))
 }
+
+/// The processor time of all threads of this process with this name, or `None` if there is none.
+pub(crate) fn thread_time(name: &str) -> Result<Option<Duration>> {
+    let mut time = None;
+    for task in fs::read_dir("/proc/self/task")? {
+        let task = task?.path();
+        // A thread may end meanwhile.
+        let Ok(its) = fs::read_to_string(task.join("comm")) else { continue };
+        if its.trim_end() != name {
+            continue;
+        }
+        let Ok(stat) = fs::read_to_string(task.join("schedstat")) else { continue };
+        let nanos = stat.split_whitespace().next().and_then(|first| first.parse().ok());
+        let nanos = Duration::from_nanos(nanos.ok_or("a thread's schedstat has no time")?);
+        time = Some(time.unwrap_or(Duration::ZERO) + nanos);
+    }
+    Ok(time)
+}
