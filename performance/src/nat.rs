@@ -37,6 +37,8 @@ const FLOWS: &str = "nat, idle flows";
 const LONG_MTU: u32 = 65_520;
 /// The MTU of Ethernet.
 const MTU: u32 = 1500;
+/// A stream with fewer Gbit/s stands still most of the time, and is no measure of anything.
+const STALLED: f64 = 0.1;
 /// One measurement of connections and of round trips lasts this many of the plan's times.
 const TIMES: u32 = 20;
 /// The lengths of datagrams that are measured.
@@ -176,7 +178,10 @@ impl<'a> Parts<'a> {
                 let stream = streams::measure(running, direction, time)?;
                 Ok(vec![Some(stream.gbit_per_second), stream.own_cpu, Some(stream.all_cpu)])
             })?;
-            let medians = add_rows(&mut table, &[direction.name()], &contenders);
+            let mut medians = add_rows(&mut table, &[direction.name()], &contenders);
+            // To be faster than a stream that stands still says nothing.
+            let stalled = medians.iter_mut().filter(|figures| figures[0] < STALLED);
+            stalled.for_each(|figures| figures.fill(f64::NAN));
             wants.extend(want(direction, &medians));
             contenders.iter_mut().flat_map(|one| &mut one.values).for_each(Vec::clear);
         }
@@ -198,8 +203,11 @@ impl<'a> Parts<'a> {
         self.streams(OFFLOAD, about, ways, |direction, medians| {
             let [_, kernel, ours, _, pasta] = medians else { return Vec::new() };
             let what = |beside: &str| format!("TCP {}: run-netns / {beside}", direction.name());
-            let mut wants =
-                vec![Want::at_least(what("veth with nft masquerade"), ours[0] / kernel[0], 0.9)];
+            let mut wants = Vec::new();
+            if kernel[0].is_finite() {
+                let ratio = ours[0] / kernel[0];
+                wants.push(Want::at_least(what("veth with nft masquerade"), ratio, 0.9));
+            }
             if pasta[0].is_finite() {
                 wants.push(Want::at_least(what("pasta"), ours[0] / pasta[0], 1.0));
                 wants.push(Want::at_most(what("pasta, CPU s/GB"), ours[1] / pasta[1], 0.8));

@@ -1,6 +1,7 @@
 //! A TCP stream between a guest in user-mode Linux and the world: over vhost-user and our translator, and
 //! over a TAP of the kernel that forwards and masquerades.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -151,6 +152,12 @@ impl Running {
     }
 }
 
+/// Does what a guest answers to. One that does not answer in time panics.
+fn answered<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(work))
+        .unwrap_or_else(|_| Err("the guest does not answer in time".into()))
+}
+
 /// A guest and its way out, or why there is none, and the values of its figures.
 type Contender<'a> = (Method<'a>, std::result::Result<Running, String>, [Vec<f64>; 3]);
 
@@ -166,7 +173,7 @@ pub(super) fn run(rounds: u32, programs: Programs<'_>, rivals: Rivals<'_>) -> Re
         .into_iter()
         .chain(rivals.passt.map(Method::Passt))
         .map(|method| {
-            let state = Running::start(method, &guest).map_err(|error| error.to_string());
+            let state = answered(|| Running::start(method, &guest)).map_err(|e| e.to_string());
             (method, state, [const { Vec::new() }; 3])
         })
         .collect();
@@ -179,7 +186,7 @@ pub(super) fn run(rounds: u32, programs: Programs<'_>, rivals: Rivals<'_>) -> Re
         for _ in 0..rounds {
             for (method, state, values) in &mut all {
                 let Ok(running) = state else { continue };
-                match running.measure(direction, seconds) {
+                match answered(|| running.measure(direction, seconds)) {
                     Ok(measured) => values
                         .iter_mut()
                         .zip(measured)
