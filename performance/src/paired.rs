@@ -150,7 +150,7 @@ mod tests {
             })
         };
         let mut both = [contender("a"), contender("b")];
-        let plan = Plan { rounds: 2, time: SLICE };
+        let plan = Plan { rounds: 2, time: SLICE, both: None };
         let values = alternate(plan, &mut both)?;
         assert_eq!(values, [[1.0, 1.0], [1.0, 1.0]]);
         assert_eq!(*order.borrow(), ["a", "b", "a", "b", "b", "a"]);
