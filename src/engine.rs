@@ -530,7 +530,7 @@ impl Engine {
     fn complete_posted(&mut self, outcome: Outcome) {
         for list in [&mut self.posted.reads, &mut self.posted.writes] {
             while let Some(slot) = list.pop_front() {
-                self.completions.complete(slot, outcome);
+                self.completions.complete_undone(slot, outcome);
             }
         }
     }

@@ -71,7 +71,8 @@ impl Refusals {
 macro_rules! counters {
     ($($(#[doc = $doc:literal])+ $name:ident,)+) => {
         /// A snapshot of what a ring has counted since it was built. Each number is exact, but the
-        /// numbers may be of slightly different moments.
+        /// numbers may be of slightly different moments. So a part can be greater than its whole, and
+        /// differences are taken with `saturating_sub`.
         #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
         #[non_exhaustive]
         pub struct RingStats {
@@ -99,10 +100,12 @@ macro_rules! counters {
                     Histogram(std::array::from_fn(|i| counters[i].get()))
                 };
                 RingStats {
-                    $($name: self.$name.get(),)+
+                    // The engine adds to a part after it has added to the whole, and the parts are read
+                    // first. Without a lock that is likely, and not certain.
                     errors_by_status: Refusals(std::array::from_fn(|i| {
                         self.errors_by_status[i].get()
                     })),
+                    $($name: self.$name.get(),)+
                     read_batches: histogram(&self.read_batches),
                     write_batches: histogram(&self.write_batches),
                 }
@@ -122,6 +125,9 @@ counters! {
     tx_bytes,
     /// Entries that completed as cancelled.
     cancelled,
+    /// Of the `errors`, entries that were posted when the device failed for good: it has refused none of
+    /// them by itself.
+    errors_at_failure,
     /// Entries that the device refused. Writes that count as `exhausted` are not included.
     errors,
     /// Writes that completed with `BufferExhausted` because the retry budget was used up.

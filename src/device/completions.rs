@@ -202,8 +202,26 @@ impl Completions {
     #[inline(never)]
     fn push_failed(&mut self, class: Class, buffer: Buffer, user_data: u64, outcome: Outcome) {
         self.batch.failed[class_index(class)] += 1;
-        let outcome = if outcome == Outcome::Cancelled { self.undone } else { outcome };
+        match outcome {
+            Outcome::Cancelled => self.push_undone(class, buffer, user_data, self.undone),
+            outcome => self.push(class, buffer, user_data, outcome),
+        }
+    }
+
+    /// Completes an entry that the device has not looked at, with the outcome that all such have when a
+    /// ring closes.
+    fn push_undone(&mut self, class: Class, buffer: Buffer, user_data: u64, outcome: Outcome) {
         self.push(class, buffer, user_data, outcome);
+        if matches!(outcome, Outcome::Refused(_)) {
+            // After `errors`, of which it is a part.
+            self.shared.counters.poller.errors_at_failure.add(1);
+        }
+    }
+
+    /// The same, for a slot that is not with the device.
+    pub(crate) fn complete_undone(&mut self, slot: PostedSlot, outcome: Outcome) {
+        let (buffer, user_data, class) = slot.into_buffer();
+        self.push_undone(class, buffer, user_data, outcome);
     }
 
     /// Completes a slot that is not with the device.

@@ -116,7 +116,8 @@ fn an_errno_reaches_the_caller() {
             })
         })
         .start();
-        let mut ring = inline(&interface, Direction::Write).build().unwrap();
+        let mut ring = inline(&interface, Direction::Both).build().unwrap();
+        post(&mut ring, 7);
         send(&mut ring, 1);
         let refused = EntryError::Device(Status::Os(5));
         assert_eq!(reap_n(&mut ring, 1)[0].brief(), (RingOp::Write, 1, Err(refused)));
@@ -124,8 +125,11 @@ fn an_errno_reaches_the_caller() {
         assert_eq!(ring.stats().errors_by_status.of(Status::Os(5)), 1);
         assert_eq!(ring.stats().errors_by_status.of(Status::Unknown(4711)), 0);
         send(&mut ring, 2);
-        reap_n(&mut ring, 1);
+        reap_n(&mut ring, 2);
         assert_eq!(ring.control().closed(), Some(CloseReason::Failed(Status::Os(19))));
+        // The two writes were the device's to refuse. It has never looked at the read.
+        let stats = ring.stats();
+        assert_eq!((stats.errors, stats.errors_at_failure, stats.abandoned), (3, 1, 0));
     });
 }
 
