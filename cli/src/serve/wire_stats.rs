@@ -62,5 +62,31 @@ pub(super) fn errors(ring: &RingControl) -> u64 {
     // The numbers may be of different moments.
     stats.errors.saturating_sub(stats.errors_at_failure)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixDatagram;
+
+    use vmring::{Interface, Socket};
+
+    use super::*;
+    use crate::serve::counts;
+
+    /// Goal: each drop of a wire has a name here, and each name is among the drops that are shown. So a new
+    /// drop of the library is noticed here.
+    #[test]
+    fn each_drop_of_a_wire_has_a_name_and_is_shown() {
+        let (ours, _peer) = UnixDatagram::pair().expect("a pair of sockets");
+        let wire = Interface::builder().device(Socket::datagram().from_fd(ours.into())).start();
+        let drops = wire.expect("a wire").drops();
+        let mut reasons: Vec<_> = drops.into_iter().map(|(why, _)| why).collect();
+        let mut named = DROPS.map(|(why, _)| why);
+        reasons.sort_unstable();
+        named.sort_unstable();
+        assert_eq!(reasons, named);
+        for (_, name) in DROPS {
+            // What has no peer is among `rx_errors`, and must not be there twice.
+            assert_eq!(counts::DROPS.contains(&name), name != "rx_no_peer", "{name}");
+        }
     }
 }
