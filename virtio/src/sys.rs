@@ -332,15 +332,11 @@ pub(crate) fn connect(path: &Path) -> io::Result<OwnedFd> {
     Ok(socket)
 }
 
-/// Locks an open file or folder against others who lock it, until it is closed.
-pub(crate) fn lock(fd: BorrowedFd<'_>) -> io::Result<()> {
-    loop {
-        // SAFETY: the call takes numbers only.
-        match check(unsafe { libc::flock(fd.as_raw_fd(), libc::LOCK_EX) }) {
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            result => return result.map(drop),
-        }
-    }
+/// Locks an open file or folder against others who lock it, until it is closed. It does not wait: if
+/// another one has the lock, the error is `WouldBlock`.
+pub(crate) fn try_lock(fd: BorrowedFd<'_>) -> io::Result<()> {
+    // SAFETY: the call takes numbers only.
+    check(unsafe { libc::flock(fd.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) }).map(drop)
 }
 
 pub(crate) fn check(result: libc::c_int) -> io::Result<libc::c_int> {

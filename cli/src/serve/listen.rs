@@ -242,7 +242,7 @@ impl Listening {
             Place::Server(path) => Source::Listener(Listener::bind(path).map_err(|error| {
                 let sentence = format!("{spec}: {error}");
                 match error.kind() {
-                    io::ErrorKind::AddrInUse => Failure::Step(sentence),
+                    io::ErrorKind::AddrInUse | io::ErrorKind::TimedOut => Failure::Step(sentence),
                     _ => Failure::Usage(sentence),
                 }
             })?),

@@ -79,7 +79,7 @@ impl Metrics {
                 Err(error) => {
                     let sentence = format!("--metrics unix:{}: {error}", path.display());
                     Err(match error.kind() {
-                        ErrorKind::AddrInUse => Failure::Step(sentence),
+                        ErrorKind::AddrInUse | ErrorKind::TimedOut => Failure::Step(sentence),
                         _ => Failure::Usage(sentence),
                     })
                 }

@@ -3,9 +3,11 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::sys;
 
@@ -28,17 +30,10 @@ impl Listener {
     /// # Errors
     ///
     /// `AddrInUse` if a server listens there, `AlreadyExists` if the path is no socket,
-    /// `InvalidInput` if the path is longer than 107 bytes (103 on macOS), and what else the system
-    /// says.
+    /// `InvalidInput` if the path is longer than 107 bytes (103 on macOS), `TimedOut` if another process
+    /// holds a lock of the folder for more than two seconds, and what else the system says.
     pub fn bind(path: &Path) -> io::Result<Self> {
-        // Two servers that start at once must not take each other's new socket for one that is left
-        // over. The folder's lock ends with this function.
-        let folder = match path.parent() {
-            Some(folder) if !folder.as_os_str().is_empty() => folder,
-            _ => Path::new("."),
-        };
-        let folder = File::open(folder)?;
-        sys::lock(folder.as_fd())?;
+        let _locked = lock_folder(path)?;
         match fs::symlink_metadata(path) {
             Ok(old) if !old.file_type().is_socket() => {
                 let text = format!("{} exists and is no socket", path.display());
@@ -82,6 +77,42 @@ impl Listener {
             };
         }
     }
+}
+
+/// How long a server waits for the lock of a folder. Another one that starts holds the lock for less than a
+/// millisecond.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+/// The time between two attempts.
+const LOCK_AGAIN: Duration = Duration::from_millis(10);
+
+/// Locks the folder of a path, until the result is dropped. Two servers that start at once must not take
+/// each other's new socket for one that is left over.
+///
+/// Whoever may read the folder can lock it too, and for ever. So the wait has an end.
+fn lock_folder(path: &Path) -> io::Result<File> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    // Nothing that is no folder is opened, because opening a pipe may wait.
+    let file = File::options().read(true).custom_flags(libc::O_DIRECTORY).open(folder)?;
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    while let Err(error) = sys::try_lock(file.as_fd()) {
+        match error.kind() {
+            io::ErrorKind::Interrupted => {}
+            io::ErrorKind::WouldBlock if Instant::now() < deadline => thread::sleep(LOCK_AGAIN),
+            io::ErrorKind::WouldBlock => {
+                let text = format!(
+                    "another process holds a lock of the folder {}, in which the socket is to be: end \
+                     that one (lslocks(8) lists who holds which), or use a folder that only you can read",
+                    folder.display()
+                );
+                return Err(io::Error::new(io::ErrorKind::TimedOut, text));
+            }
+            _ => return Err(error),
+        }
+    }
+    Ok(file)
 }
 
 fn in_use(path: &Path) -> io::Error {

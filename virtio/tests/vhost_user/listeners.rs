@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::io::{self, ErrorKind};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
@@ -102,6 +102,32 @@ fn one_of_several_servers_gets_a_path() {
         drop(good);
         assert!(!path.exists());
     }
+}
+
+/// Goal: a process that holds the lock of a folder holds up no start for long: the lock is waited for, and
+/// then there is a sentence.
+#[test]
+fn a_folder_that_is_locked_is_waited_for_and_refused() {
+    let folder = Folder::new();
+    let path = folder.path("socket");
+    let held = fs::File::open(path.parent().expect("a folder")).expect("it can be read");
+    // SAFETY: the call takes numbers only.
+    let locked = unsafe { libc::flock(held.as_raw_fd(), libc::LOCK_EX) };
+    assert_eq!(locked, 0, "nobody else has it");
+    let refused = Listener::bind(&path).expect_err("it is locked");
+    assert_eq!(refused.kind(), ErrorKind::TimedOut);
+    assert!(
+        refused.to_string().contains("another process holds a lock of the folder"),
+        "{refused}"
+    );
+    assert!(!path.exists());
+    let binding = std::thread::spawn({
+        let path = path.clone();
+        move || Listener::bind(&path)
+    });
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    drop(held);
+    binding.join().expect("it ends").expect("the lock is free");
 }
 
 /// Goal: a path that is too long, empty or has a zero is refused by a sentence.
