@@ -3,7 +3,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
 use std::path::Path;
@@ -742,6 +742,34 @@ fn an_inherited_socket_is_listening_or_single() {
         assert!(adopt(SocketKind::Stream, one.into()).is_err(), "it is another type");
         drop(listener);
         assert!(exists(&path), "the file is its maker's");
+    });
+}
+
+/// Goal: a process that holds the lock of a folder holds up no start for long: the lock is waited for, and
+/// then there is a sentence.
+#[test]
+fn a_folder_that_is_locked_is_waited_for_and_refused() {
+    guarded(|| {
+        let folder = Folder::new();
+        let path = folder.path("wire");
+        let of_path = path.parent().expect("a folder").to_owned();
+        let held = fs::File::open(&of_path).expect("it can be read");
+        // SAFETY: the call takes numbers only.
+        let locked = unsafe { libc::flock(held.as_raw_fd(), libc::LOCK_EX) };
+        assert_eq!(locked, 0, "nobody else has it");
+        let refused = Listener::bind(SocketKind::Stream, &path).expect_err("it is locked");
+        assert!(
+            matches!(&refused, Error::Socket(SocketError::FolderLocked(is)) if *is == of_path),
+            "{refused}"
+        );
+        assert!(!exists(&path));
+        let binding = thread::spawn({
+            let path = path.clone();
+            move || Listener::bind(SocketKind::Datagram, &path)
+        });
+        thread::sleep(Duration::from_millis(100));
+        drop(held);
+        binding.join().expect("it ends").expect("the lock is free");
     });
 }
 

@@ -25,6 +25,13 @@ pub enum SocketError {
     /// A live process has the socket of this path.
     #[error("{} is the socket of a process that runs: stop that one, or use another path", .0.display())]
     Taken(PathBuf),
+    /// A process has locked the folder of the socket (flock(2)), and goes on holding the lock.
+    #[error(
+        "another process holds a lock of the folder {}, in which the socket is to be: end that one \
+         (lslocks(8) lists who holds which), or use a folder that only you can read",
+        .0.display()
+    )]
+    FolderLocked(PathBuf),
     /// The path exists and is not a socket.
     #[error("{} exists and is no socket: remove it, or use another path", .0.display())]
     NotASocket(PathBuf),

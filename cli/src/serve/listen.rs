@@ -173,11 +173,13 @@ impl Framing {
     }
 }
 
-/// The failure of a wire's socket. Only that a live process has it is no fault of the arguments.
+/// The failure of a wire's socket. Only what a live process has or holds is no fault of the arguments.
 fn of_wire(spec: &ListenSpec, error: vmring::Error) -> Failure {
     let sentence = format!("{spec}: {error}");
     match error {
-        vmring::Error::Socket(vmring::SocketError::Taken(_)) => Failure::Step(sentence),
+        vmring::Error::Socket(
+            vmring::SocketError::Taken(_) | vmring::SocketError::FolderLocked(_),
+        ) => Failure::Step(sentence),
         _ => Failure::Usage(sentence),
     }
 }

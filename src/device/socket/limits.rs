@@ -52,6 +52,11 @@ pub(super) const LARGE_RECEIVE_BUFFER: usize = 8 * 1024 * 1024;
 
 /// How many connections wait to be accepted.
 pub(super) const BACKLOG: i32 = 128;
+/// How long a process that makes a socket waits for the lock of its folder. Another one that makes a socket
+/// holds the lock for less than a millisecond.
+pub(super) const LOCK_PATIENCE: Duration = Duration::from_secs(2);
+/// The time between two attempts to lock it.
+pub(super) const LOCK_AGAIN: Duration = Duration::from_millis(10);
 /// How many messages one look for a peer throws away, so that senders without an address do not hold up
 /// the other rings of a poller.
 pub(super) const UNNAMED_PER_POLL: u32 = 64;

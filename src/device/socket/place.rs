@@ -4,9 +4,12 @@
 use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::thread;
+use std::time::Instant;
 
+use super::limits::{LOCK_AGAIN, LOCK_PATIENCE};
 use super::sys::{self, Address};
 use crate::error::{Error, SocketError};
 
@@ -63,7 +66,8 @@ impl Listener {
     /// # Errors
     ///
     /// [`SocketError::Taken`] if a process has the socket of this path, [`SocketError::NotASocket`] if
-    /// the path is no socket, [`SocketError::PathTooLong`], and [`Error::Io`] for what else the system
+    /// the path is no socket, [`SocketError::PathTooLong`], [`SocketError::FolderLocked`] if a process
+    /// holds the lock of the folder for more than two seconds, and [`Error::Io`] for what else the system
     /// refuses.
     pub fn bind(kind: SocketKind, path: &Path) -> Result<Self, Error> {
         let (socket, file) = bind(kind, path)?;
@@ -120,17 +124,7 @@ pub fn adopt(kind: SocketKind, socket: OwnedFd) -> Result<Adopted, Error> {
 pub(super) fn bind(kind: SocketKind, path: &Path) -> Result<(OwnedFd, SocketFile), Error> {
     let failed = |error| Error::io("making a socket at a path")(error);
     let address = Address::of(path)?;
-    // Two processes that start at once must not take each other's new socket for one that is left
-    // over. The folder's lock ends with this function.
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let folder = File::open(folder).map_err(failed)?;
-    // SAFETY: the call takes numbers only.
-    if unsafe { libc::flock(folder.as_raw_fd(), libc::LOCK_EX) } < 0 {
-        return Err(failed(io::Error::last_os_error()));
-    }
+    let _locked = lock_folder(path)?;
     match fs::symlink_metadata(path) {
         Ok(old) if !old.file_type().is_socket() => {
             return Err(SocketError::NotASocket(path.to_owned()).into());
@@ -150,6 +144,38 @@ pub(super) fn bind(kind: SocketKind, path: &Path) -> Result<(OwnedFd, SocketFile
     // Nobody can connect to a stream socket before it listens.
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
     Ok((socket, file))
+}
+
+/// Locks the folder of a path, until the result is dropped. Two processes that start at once must not take
+/// each other's new socket for one that is left over.
+///
+/// Whoever may read the folder can lock it too, and for ever. So the wait has an end.
+fn lock_folder(path: &Path) -> Result<File, Error> {
+    let failed = |error| Error::io("locking the folder of a socket")(error);
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    // Nothing that is no folder is opened, because opening a pipe may wait.
+    let mut options = File::options();
+    let options = options.read(true).custom_flags(libc::O_DIRECTORY);
+    let file = options.open(folder).map_err(failed)?;
+    let deadline = Instant::now() + LOCK_PATIENCE;
+    loop {
+        // SAFETY: the call takes numbers only.
+        if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX | libc::LOCK_NB) } == 0 {
+            return Ok(file);
+        }
+        let error = io::Error::last_os_error();
+        match error.kind() {
+            io::ErrorKind::Interrupted => {}
+            io::ErrorKind::WouldBlock if Instant::now() < deadline => thread::sleep(LOCK_AGAIN),
+            io::ErrorKind::WouldBlock => {
+                return Err(SocketError::FolderLocked(folder.to_owned()).into());
+            }
+            _ => return Err(failed(error)),
+        }
+    }
 }
 
 /// Whether no process has the socket of this address. Each answer but a refusal comes from a live one:
