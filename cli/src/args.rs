@@ -357,7 +357,8 @@ pub(crate) struct ServeArgs {
     /// The largest IP packet in bytes [default: the network's own, 1500]
     #[arg(long, value_name = "BYTES")]
     pub(crate) mtu: Option<u32>,
-    /// Guests that can be connected at once
+    /// Guests that can be connected at once. Each socket has a place of its own, and the guests of all
+    /// sockets share the others
     #[arg(long, value_name = "GUESTS", default_value_t = CONNECTIONS,
           value_parser = clap::value_parser!(u32).range(1..=CONNECTIONS_MAX as i64))]
     pub(crate) connections: u32,

@@ -100,6 +100,7 @@ pub(crate) fn serve(args: &ServeArgs, teller: Rc<dyn Teller>) -> Result<(), Fail
     }
     Identity::for_now(identity.as_ref(), || place(&mut listens))?;
     spec::check(&listens)?;
+    spec::check_number(&listens, args.connections)?;
     let made = Identity::for_now(identity.as_ref(), || Made::new(&listens, adopted, args))?;
     let may_offload = listens.iter().any(ListenSpec::may_offload);
     let start = || Network::start(wanted, args, may_offload);

@@ -357,11 +357,21 @@ impl Server {
         let _ = (&self.bell.0).read(&mut [0; 64]);
     }
 
-    /// Whether one more connection of this socket can be served.
+    /// Whether one more connection of this socket can be served. A place is kept for each socket that has
+    /// no guest, so that one whose clients take all they can get keeps nobody from the others.
     fn has_room(&self, entrance: &Entrance) -> bool {
+        let is_first = entrance.connected == 0;
+        let kept = |is: fn(&Entrance) -> bool| {
+            let all = self.entrances.iter().filter(|one| is(one));
+            all.filter(|one| one.connected == 0 && !one.listening.is_over()).count()
+        };
+        let free = self.connections.saturating_sub(self.running.len());
+        let has_place = free > if is_first { 0 } else { kept(|_| true) };
+        let over_vhost_user = |one: &Entrance| !one.spec.is_wire();
+        let has_seat = self.places.vacant() > if is_first { 0 } else { kept(over_vhost_user) };
         entrance.connected < entrance.spec.most(self.connections)
-            && self.running.len() < self.connections
-            && (entrance.spec.is_wire() || self.places.has_room())
+            && has_place
+            && (entrance.spec.is_wire() || has_seat)
     }
 
     /// Serves each guest that has connected and has room.

@@ -130,9 +130,9 @@ impl Places {
         self.free.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether there is a place for one more connection.
-    pub(super) fn has_room(&self) -> bool {
-        !self.free().places.is_empty()
+    /// How many more connections have a place.
+    pub(super) fn vacant(&self) -> usize {
+        self.free().places.len()
     }
 
     /// A place for one more connection, if there is one.

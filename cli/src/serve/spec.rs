@@ -15,6 +15,7 @@ use vmring::MacAddr6;
 use vmring::device::Offloads;
 use vmring::device::embedded::{PortLimits, Rate};
 
+use super::limits::SEATS_MAX;
 use crate::failure::Failure;
 use crate::size::Size;
 use crate::wire::WireKind;
@@ -389,6 +390,23 @@ impl FromStr for ConnectSpec {
         let doubled: Vec<_> = whole.map(|part| part.replace(',', ",,")).collect();
         doubled.join(",").parse().map(Self)
     }
+}
+
+/// Refuses more sockets than there are places for guests: each socket has one of its own.
+pub(crate) fn check_number(listens: &[ListenSpec], connections: u32) -> Result<(), Failure> {
+    let over_vhost_user = listens.iter().filter(|spec| !spec.is_wire()).count();
+    if over_vhost_user > SEATS_MAX as usize {
+        return Err(Failure::Usage(format!(
+            "there are {over_vhost_user} sockets of vhost-user, and a server has at most {SEATS_MAX}"
+        )));
+    }
+    if listens.len() > connections as usize {
+        return Err(Failure::Usage(format!(
+            "each of the {} sockets has a place for a guest, and --connections {connections} is fewer",
+            listens.len()
+        )));
+    }
+    Ok(())
 }
 
 /// Refuses two that need the same.

@@ -242,6 +242,44 @@ fn clients_of_different_wires_reach_each_other() {
     assert!(!is_socket(&a) && !is_socket(&b) && is_socket(&own), "only its own are removed");
 }
 
+/// Goal: clients that take all the places that they can get leave each other socket one.
+#[test]
+fn a_socket_has_a_place_that_no_other_sockets_clients_take() {
+    let folder = scratch("wires places");
+    let [a, b, c] = ["a", "b", "c"].map(|name| folder.join(name));
+    let [streams, others, devices] = [at("qemu", &a), at("qemu", &b), listen(&c)];
+    let arguments = ["--connections", "4", "--listen", &streams, "--listen", &others];
+    let server = Server::new(&[&arguments[..], &["--listen", &devices]].concat());
+    let mut one = Wire::stream(&a, mac(1));
+    let idle: Vec<_> = (0..8).map(|_| connected(&a)).collect();
+    server.until_said(&format!("{streams}: guest 2 is here"));
+    let mut two = Wire::stream(&b, mac(2));
+    exchange(&mut one, &mut two, 0..5);
+    let mut device = Guest::new(&c, mac(3));
+    device.post(16);
+    let frame = packet(mac(1), mac(3), 60, 1);
+    one.send(&frame);
+    assert_eq!(device.receive_ours(), frame);
+    // The places that the sockets share are taken, and those that are kept are no other's.
+    let mut more = Wire::stream(&b, mac(4));
+    more.send(&packet(mac(4), mac(1), 60, 2));
+    assert!(one.next(SHORT).is_none_or(|frame| frame[6..12] != mac(4)), "there are too many");
+    drop(device);
+    server.until_said(&format!("{devices}: guest 1 has left"));
+    let mut device = Guest::new(&c, mac(3));
+    device.post(16);
+    one.send(&frame);
+    assert_eq!(device.receive_ours(), frame);
+    drop(idle);
+    exchange(&mut one, &mut more, 5..10);
+    server.report("TERM");
+    let said = refused(
+        &[&["serve", "--network", "embedded:lab"], &arguments[2..], &["--connections", "1"]]
+            .concat(),
+    );
+    assert!(said.contains("each of the 2 sockets has a place"), "{said}");
+}
+
 /// A UDP datagram of 18 bytes without a checksum but that of its pseudo header, and the checksum (RFC 768).
 fn datagram(from: [u8; 6], to: [u8; 6]) -> (Vec<u8>, [u8; 2]) {
     let sum = |bytes: &[u8]| {
