@@ -773,6 +773,86 @@ fn a_folder_that_is_locked_is_waited_for_and_refused() {
     });
 }
 
+/// Goal: a datagram socket serves one interface after the other, each with one peer: it is learned or
+/// reached before, and the next one comes when the interface has stopped.
+#[test]
+fn a_datagram_socket_serves_one_peer_after_the_other() {
+    guarded(|| {
+        let folder = Folder::new();
+        let (path, own) = (folder.path("wire"), folder.path("peer"));
+        let mut listener = Listener::bind(SocketKind::Datagram, &path).expect("a socket");
+        let refused = Interface::builder().device(Socket::datagram().peer_of(&listener)).start();
+        let refused = refused.expect_err("there is no peer");
+        assert!(matches!(refused, Error::Socket(SocketError::Setting(_))), "{refused}");
+        assert!(!listener.learn_peer().has_peer);
+        let gone = CloseReason::Failed(Status::Os(libc::ECONNRESET));
+        for round in 0..6 {
+            // The path is the same one each time, so only its file tells the next peer from the last.
+            let (reaches, writes) = (round % 2 == 1, round % 3 == 0);
+            stage(format!("round {round}"));
+            let unnamed = UnixDatagram::unbound().expect("a socket");
+            unnamed.send_to(&packet(9, 60), &path).expect("it is taken");
+            let peer = UnixDatagram::bind(&own).expect("a socket");
+            peer.set_read_timeout(Some(LONG)).expect("a time limit");
+            peer.connect(&path).expect("nobody else is the peer");
+            peer.send(&packet(round, 60)).expect("it is taken");
+            let socket = match reaches {
+                true => {
+                    listener.reach(&own).expect("it is there");
+                    Socket::datagram().magic(true).peer_of(&listener)
+                }
+                false => {
+                    let learned = listener.learn_peer();
+                    assert_eq!((learned.has_peer, learned.unnamed), (true, 1));
+                    Socket::datagram().peer_of(&listener)
+                }
+            };
+            let interface = start(socket);
+            let mut ring = both(&interface);
+            for number in 0..3 {
+                post(&mut ring, number);
+            }
+            if reaches {
+                let mut magic = [0; 8];
+                assert_eq!(peer.recv(&mut magic).expect("it announces itself"), 4);
+            }
+            assert_eq!(receive(&mut ring), packet(round, 60));
+            assert_eq!(count(&interface, "other sender"), u64::from(reaches));
+            send(&mut ring, 5);
+            let mut answer = [0; 2000];
+            let len = peer.recv(&mut answer).expect("an answer in time");
+            assert_eq!(answer[..len], packet(5, 60));
+            drop(peer);
+            fs::remove_file(&own).expect("the peer's file");
+            // The next one is there before anybody has looked.
+            let next = UnixDatagram::bind(&own).expect("a socket");
+            if writes {
+                send(&mut ring, 6);
+            }
+            eventually("the ring closes", || ring.control().closed() == Some(gone));
+            let _ = next.connect(&path);
+            drop((ring, next));
+            fs::remove_file(&own).expect("the next one's file");
+            interface.stop(LONG).expect("it stops");
+            assert!(exists(&path), "the path stays");
+        }
+        stage("a peer that nobody serves is followed by the next");
+        let unserved = UnixDatagram::bind(&own).expect("a socket");
+        unserved.send_to(&packet(1, 60), &path).expect("it is taken");
+        assert!(listener.learn_peer().has_peer);
+        drop(unserved);
+        assert!(!listener.learn_peer().has_peer, "it is given up");
+        let next = UnixDatagram::bind(folder.path("next")).expect("a socket");
+        next.send_to(&packet(2, 60), &path).expect("nobody else is the peer");
+        assert!(listener.learn_peer().has_peer);
+        let stream = Listener::bind(SocketKind::Stream, &folder.path("stream")).expect("a socket");
+        let refused = Interface::builder().device(Socket::stream().peer_of(&stream)).start();
+        refused.expect_err("a stream has connections");
+        drop(listener);
+        assert!(!exists(&path), "the file goes with the listener");
+    });
+}
+
 /// Goal: a datagram socket that listens learns its peer from the first message, answers it, hears nobody
 /// else, and takes the next peer after the first has gone. The magic is no frame, at any time.
 #[test]

@@ -100,7 +100,7 @@ use vmring_core::view::ETHERNET_HEADER_LEN;
 use vmring_embedded::limits::VLAN_TAG_LEN;
 
 use counters::Counters;
-use datagram::{Datagram, PeerRule};
+use datagram::{Datagram, Next, PeerRule};
 use framing::StreamParser;
 use limits::{
     BATCH, HEADER_LEN, IP_MAX, LARGE_RECEIVE_BUFFER, MESSAGE_RECEIVE_BUFFER, MESSAGE_SEND_BUFFER,
@@ -117,7 +117,7 @@ use crate::device::common::mac_of;
 use crate::device::seam::{Capabilities, Device, Driver, Queue, QueueConfig, Wake};
 use crate::error::{ConfigError, Error, SocketError};
 
-pub use place::{Adopted, Listener, SocketKind, adopt, connect};
+pub use place::{Adopted, Learned, Listener, SocketKind, adopt, connect};
 
 /// A wire over a socket, as a driver for [`Interface::builder`](crate::Interface::builder). See the
 /// [module](self).
@@ -141,6 +141,8 @@ enum Place {
     Listen(PathBuf),
     Connect(PathBuf),
     Bound(Listener),
+    /// A datagram socket with its peer, which is another wire's afterwards.
+    Lent(Arc<OwnedFd>, Option<PathBuf>),
 }
 
 impl Socket {
@@ -206,6 +208,19 @@ impl Socket {
     /// When the interface stops, the socket is removed.
     pub fn bound(mut self, listener: Listener) -> Self {
         self.bound = Some(listener);
+        self
+    }
+
+    /// Serves the peer that a datagram socket has [learned](Listener::learn_peer) or
+    /// [reached](Listener::reach). When the peer has gone, the rings close for the reason
+    /// `Status::Os(ECONNRESET)`. When the interface stops, the socket has no peer any more, and the next
+    /// peer gets an interface of its own. So what a server has learned of one guest, such as its MAC
+    /// address, does not hold for the next one. `listener` keeps the path. At most one interface may have
+    /// the socket at a time.
+    ///
+    /// The start fails with [`SocketError::Setting`] if the socket has no peer.
+    pub fn peer_of(mut self, listener: &Listener) -> Self {
+        self.place = Some(Place::Lent(listener.socket.clone(), listener.reached.clone()));
         self
     }
 
@@ -329,6 +344,7 @@ impl Socket {
                 place::check(kind, &listener.socket)?;
                 Source::listener(listener)
             }
+            Place::Lent(..) => unreachable!("the start has refused it"),
             Place::Descriptor(socket) => match place::adopt(kind, socket)? {
                 Adopted::Listening(listener) => Source::listener(listener),
                 Adopted::Single(socket) => {
@@ -350,33 +366,55 @@ impl Socket {
         counters: Arc<Counters>,
     ) -> Result<Datagram, Error> {
         let kind = SocketKind::Datagram;
+        let next = match &place {
+            Place::Lent(..) => Next::Wire,
+            _ if once => Next::End,
+            _ => Next::Peer,
+        };
+        let mut learned = None;
         let (socket, file, rule) = match place {
             Place::Listen(path) => {
                 let (socket, file) = place::bind(kind, &path)?;
-                (socket, Some(file), PeerRule::Learn { once })
+                (Arc::new(socket), Some(file), PeerRule::Learn)
             }
             Place::Connect(path) => {
                 let address = Address::of(&path)?;
-                let Listener { socket, file } = match own {
+                let Listener { socket, file, .. } = match own {
                     Own::Bound(listener) => listener,
                     Own::Path(path) => Listener::bind(kind, &path)?,
                 };
                 place::check(kind, &socket)?;
                 (socket, file, PeerRule::Known { path, address, magic, pause })
             }
-            Place::Bound(Listener { socket, file }) => {
+            Place::Bound(Listener { socket, file, .. }) => {
                 place::check(kind, &socket)?;
-                (socket, file, PeerRule::Learn { once })
+                (socket, file, PeerRule::Learn)
+            }
+            Place::Lent(socket, path) => {
+                place::check(kind, &socket)?;
+                let sentence = "the datagram socket has no peer yet";
+                learned = Some(sys::peer(&socket).ok_or(SocketError::Setting(sentence))?);
+                let rule = match path {
+                    None => PeerRule::Learn,
+                    Some(path) => {
+                        PeerRule::Known { address: Address::of(&path)?, path, magic, pause }
+                    }
+                };
+                (socket, None, rule)
             }
             Place::Descriptor(socket) => {
                 place::check(kind, &socket)?;
-                let has_peer = sys::has_peer(&socket);
-                let rule = if has_peer { PeerRule::Given } else { PeerRule::Learn { once } };
-                (socket, None, rule)
+                let has_peer = sys::peer(&socket).is_some();
+                let rule = if has_peer { PeerRule::Given } else { PeerRule::Learn };
+                (Arc::new(socket), None, rule)
             }
         };
         sys::set_buffers(&socket, buffers.0, buffers.1);
-        Ok(Datagram::new(socket, rule, file, counters))
+        let datagram = Datagram::new(socket, rule, next, file, counters);
+        if let Some(peer) = learned {
+            datagram.has_peer(peer);
+        }
+        Ok(datagram)
     }
 }
 
@@ -411,6 +449,10 @@ impl Driver for Socket {
         let has_own_side = kind == SocketKind::Datagram && matches!(place, Place::Connect(_));
         if bound.is_some() && !has_own_side {
             let sentence = "the wire has two sockets: one is enough";
+            return Err(SocketError::Setting(sentence).into());
+        }
+        if kind != SocketKind::Datagram && matches!(place, Place::Lent(..)) {
+            let sentence = "only a datagram socket serves one wire after the other";
             return Err(SocketError::Setting(sentence).into());
         }
         if kind != SocketKind::Datagram && (magic || own_path.is_some()) {

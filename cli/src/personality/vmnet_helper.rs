@@ -347,8 +347,11 @@ impl Teller for HelperTeller {
                 }
             }
             Event::Joined { .. } => {
-                log.info(&format!("serving client on {}", quoted().unwrap_or_default()));
-                self.running();
+                // The client of a descriptor is there from the start.
+                if let Some(socket) = quoted() {
+                    log.info(&format!("serving client on {socket}"));
+                    self.running();
+                }
             }
             Event::Left { how: Ended::Left | Ended::LeftWithin, .. } => {
                 log.of(" [vm->host] ").info("socket was closed by peer");

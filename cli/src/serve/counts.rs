@@ -18,6 +18,9 @@ pub(crate) struct Counts {
 pub(super) const OF_A_PORT: [&str; 4] =
     ["second copies", "checksums completed", "cut in software", "sent to the router"];
 
+/// Datagrams from a sender that nobody can answer.
+const UNNAMED: &str = "tx_unnamed";
+
 /// The counters of packets that did not get where they were to go.
 pub(super) const DROPS: [&str; 14] = [
     "rx_too_small",
@@ -33,7 +36,7 @@ pub(super) const DROPS: [&str; 14] = [
     "rx_not_taken",
     "rx_undelivered",
     "tx_undelivered",
-    "tx_unnamed",
+    UNNAMED,
     "tx_stranger",
 ];
 #[cfg(test)]
@@ -49,6 +52,13 @@ impl Counts {
             for (name, n) in from {
                 *to.entry(name).or_default() += n;
             }
+        }
+    }
+
+    /// Adds datagrams that came while there was no guest, from senders that nobody can answer.
+    pub(super) fn add_unnamed(&mut self, n: u64) {
+        if n > 0 {
+            *self.device.entry(UNNAMED).or_default() += n;
         }
     }
 

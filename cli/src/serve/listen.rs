@@ -105,6 +105,8 @@ pub(super) struct Listening {
     source: Source,
     /// Nothing is tried before this time.
     not_before: Option<Instant>,
+    /// Datagrams whose senders nobody can answer, while there was no guest.
+    unnamed: u64,
 }
 
 #[derive(Debug)]
@@ -112,8 +114,11 @@ enum Source {
     Listener(Listener),
     Client(PathBuf),
     Wires(wires::Listener, Framing),
-    /// A datagram socket whose guest is the one who sends first.
+    /// A datagram socket whose only guest is the one who sends first.
     First(wires::Listener, Framing),
+    /// A datagram socket that has one guest after the other: the one who sends first, or the one at this
+    /// path.
+    Peers(wires::Listener, Option<PathBuf>, Framing),
     WireClient(PathBuf, Framing),
     Given(Option<Incoming>),
 }
@@ -122,8 +127,14 @@ enum Source {
 #[derive(Debug)]
 pub(super) enum Incoming {
     VhostUser(UnixStream),
-    /// A driver that has its socket. For datagrams the guest may come later.
+    /// A driver that has its socket.
     Wire(Box<Socket>),
+}
+
+impl Incoming {
+    fn wire(socket: Socket) -> Self {
+        Self::Wire(Box::new(socket))
+    }
 }
 
 /// What a wire of frames speaks.
@@ -140,11 +151,14 @@ impl Framing {
 
     /// For one connection.
     fn over(self, socket: OwnedFd) -> Incoming {
-        Incoming::Wire(Box::new(self.driver(false).from_fd(socket)))
+        Incoming::wire(self.driver(false).from_fd(socket))
     }
 
     fn adopted(self, fd: OwnedFd) -> Result<Source, vmring::Error> {
         Ok(match wires::adopt(self.kind.socket_kind(), fd)? {
+            wires::Adopted::Listening(listener) if self.kind.is_datagram() => {
+                Source::Peers(listener, None, self)
+            }
             wires::Adopted::Listening(listener) => Source::Wires(listener, self),
             wires::Adopted::Single(socket) => Source::Given(Some(self.over(socket))),
         })
@@ -153,18 +167,17 @@ impl Framing {
     /// Makes the socket that has a path.
     fn open(self, spec: &ListenSpec) -> Result<Source, vmring::Error> {
         let kind = self.kind.socket_kind();
-        let once = |socket| Source::Given(Some(Incoming::Wire(Box::new(socket))));
         Ok(match (&spec.place, &spec.own) {
             (Place::Client(path), Some(own)) => {
                 let own = wires::Listener::bind(kind, own)?;
-                once(self.driver(true).connect(path).bound(own))
+                Source::Peers(own, Some(path.clone()), self)
             }
             (Place::Client(path), None) => Source::WireClient(path.clone(), self),
             (Place::Server(path), _) => {
                 let listener = wires::Listener::bind(kind, path)?;
                 match self.kind.is_datagram() {
                     true if spec.once => Source::First(listener, self),
-                    true => once(self.driver(false).bound(listener)),
+                    true => Source::Peers(listener, None, self),
                     false => Source::Wires(listener, self),
                 }
             }
@@ -191,6 +204,15 @@ fn is_readable(fd: BorrowedFd<'_>) -> bool {
     poll.revents != 0
 }
 
+/// Whether the one that is connected to is not there yet, or has no time. The datagram socket of a VMM
+/// that is connected to a server that has gone refuses others (EPERM), until the VMM connects again.
+fn may_come(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::ConnectionRefused | io::ErrorKind::WouldBlock
+    ) || error.raw_os_error() == Some(libc::EPERM)
+}
+
 /// Lets the members of the group connect to the socket that was made, if there is a group. Nobody but its
 /// maker can do so before.
 fn share(spec: &ListenSpec) -> Result<(), Failure> {
@@ -206,6 +228,10 @@ fn share(spec: &ListenSpec) -> Result<(), Failure> {
 const SHARED_MODE: u32 = 0o770;
 
 impl Listening {
+    fn of(source: Source) -> Self {
+        Self { source, not_before: None, unnamed: 0 }
+    }
+
     /// Takes over an inherited descriptor. It is done before anything else is opened, so that no number
     /// is one of this process's own descriptors.
     pub(super) fn adopted(spec: &ListenSpec, passed: &Passed) -> Result<Option<Self>, Failure> {
@@ -223,7 +249,7 @@ impl Listening {
                 Adopted::Connected(socket) => Source::Given(Some(Incoming::VhostUser(socket))),
             },
         };
-        Ok(Some(Self { source, not_before: None }))
+        Ok(Some(Self::of(source)))
     }
 
     fn framing(spec: &ListenSpec) -> Option<Framing> {
@@ -238,7 +264,7 @@ impl Listening {
         if let Some(framing) = Self::framing(spec) {
             let source = framing.open(spec).map_err(|error| of_wire(spec, error))?;
             share(spec)?;
-            return Ok(Self { source, not_before: None });
+            return Ok(Self::of(source));
         }
         let source = match &spec.place {
             Place::Server(path) => Source::Listener(Listener::bind(path).map_err(|error| {
@@ -252,7 +278,7 @@ impl Listening {
             Place::Descriptor(_) | Place::Named(_) => unreachable!("it was adopted"),
         };
         share(spec)?;
-        Ok(Self { source, not_before: None })
+        Ok(Self::of(source))
     }
 
     /// The next connection, if there is one now. After an error nothing is tried for a while.
@@ -273,25 +299,25 @@ impl Listening {
             Source::First(..) => match std::mem::replace(&mut self.source, Source::Given(None)) {
                 Source::First(listener, framing) => {
                     let socket = framing.driver(false).bound(listener).one_peer(true);
-                    Ok(Some(Incoming::Wire(Box::new(socket))))
+                    Ok(Some(Incoming::wire(socket)))
                 }
                 _ => unreachable!("it is the first one's"),
             },
+            Source::Peers(listener, None, framing) => {
+                let learned = listener.learn_peer();
+                self.unnamed += learned.unnamed;
+                let peer = |_| framing.driver(false).peer_of(listener);
+                Ok(learned.has_peer.then_some(()).map(peer).map(Incoming::wire))
+            }
+            Source::Peers(listener, Some(path), framing) => listener
+                .reach(path)
+                .map(|()| Some(Incoming::wire(framing.driver(true).peer_of(listener)))),
             Source::Client(path) => connect(path).map(|socket| Some(Incoming::VhostUser(socket))),
             Source::WireClient(path, framing) => wires::connect(framing.kind.socket_kind(), path)
                 .map(|socket| Some(framing.over(socket))),
         };
         match connected {
-            // The one that is connected to is not there yet, or has no time.
-            Err(error)
-                if self.is_client()
-                    && matches!(
-                        error.kind(),
-                        io::ErrorKind::NotFound
-                            | io::ErrorKind::ConnectionRefused
-                            | io::ErrorKind::WouldBlock
-                    ) =>
-            {
+            Err(error) if self.is_client() && may_come(&error) => {
                 self.not_before = Some(now + RETRY);
                 Ok(None)
             }
@@ -301,17 +327,30 @@ impl Listening {
 
     /// Whether it connects again and again.
     fn is_client(&self) -> bool {
-        matches!(self.source, Source::Client(_) | Source::WireClient(..))
+        matches!(
+            self.source,
+            Source::Client(_) | Source::WireClient(..) | Source::Peers(_, Some(_), _)
+        )
     }
 
     /// What is readable when there is a connection.
     pub(super) fn descriptor(&self, now: Instant) -> Option<BorrowedFd<'_>> {
         let fd = match &self.source {
             Source::Listener(listener) => listener.as_fd(),
-            Source::Wires(listener, _) | Source::First(listener, _) => listener.as_fd(),
-            Source::Client(_) | Source::WireClient(..) | Source::Given(_) => return None,
+            Source::Wires(listener, _)
+            | Source::First(listener, _)
+            | Source::Peers(listener, None, _) => listener.as_fd(),
+            Source::Client(_)
+            | Source::WireClient(..)
+            | Source::Peers(_, Some(_), _)
+            | Source::Given(_) => return None,
         };
         self.not_before.is_none_or(|at| now >= at).then_some(fd)
+    }
+
+    /// How many datagrams were thrown away since the last call, because nobody can answer their senders.
+    pub(super) fn take_unnamed(&mut self) -> u64 {
+        std::mem::take(&mut self.unnamed)
     }
 
     /// When to try again, without being told.
@@ -354,7 +393,7 @@ mod tests {
         let folder = std::env::temp_dir();
         let path = folder.join(format!("vmring-rest-{}", std::process::id()));
         let source = Source::Listener(Listener::bind(&path).expect("a socket"));
-        let mut listening = Listening { source, not_before: None };
+        let mut listening = Listening::of(source);
         let _waiting: Vec<_> = (0..3).map(|_| connect(&path).expect("it listens")).collect();
         let now = Instant::now();
         assert!(listening.next(now).expect("it is accepted").is_some());

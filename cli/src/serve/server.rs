@@ -378,7 +378,10 @@ impl Server {
     fn accept(&mut self, now: Instant) {
         for index in 0..self.entrances.len() {
             while self.has_room(&self.entrances[index]) {
-                match self.entrances[index].listening.next(now) {
+                let entrance = &mut self.entrances[index];
+                let next = entrance.listening.next(now);
+                entrance.before.add_unnamed(entrance.listening.take_unnamed());
+                match next {
                     Ok(None) => break,
                     Ok(Some(incoming)) => {
                         if !self.begin(index, incoming, now) {
@@ -415,10 +418,7 @@ impl Server {
         match begun {
             Ok((served, guest)) => {
                 entrance.connected += 1;
-                // The one peer of a datagram socket may come later, and others may follow it.
-                if !entrance.spec.has_one_peer() || entrance.spec.once {
-                    entrance.tell(now, |spec, unsaid| Event::Joined { spec, guest: key.1, unsaid });
-                }
+                entrance.tell(now, |spec, unsaid| Event::Joined { spec, guest: key.1, unsaid });
                 self.running.push(Running { key, place, served, guest });
                 true
             }

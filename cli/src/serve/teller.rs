@@ -40,7 +40,7 @@ pub(crate) enum Event<'a> {
     Became { uid: u32, gid: u32 },
     /// Guests can join.
     Ready(&'a Ready<'a>),
-    /// A guest has connected. The peer of a datagram socket is told of only if it is the only one.
+    /// A guest has connected, or has sent the first datagram.
     Joined { spec: &'a ListenSpec, guest: u64, unsaid: u64 },
     /// A guest that was connected, or could not be, is so no more.
     Left { spec: &'a ListenSpec, guest: u64, how: &'a Ended, unsaid: u64 },

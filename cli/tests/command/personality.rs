@@ -361,6 +361,10 @@ fn vmnet_run_starts_a_command_beside_a_helper() {
     let words = ["vmnet-run", "--operation-mode", "shared", "--", "python3", "-B", &guest];
     let output = run(personality(&[&words[..], &["datagram", "4", MAC]].concat()));
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    // The client of a descriptor is there from the start, and nobody waits for it.
+    let said = text(&output.stderr);
+    assert_eq!(said.matches("[main] running\n").count(), 1, "{said}");
+    assert!(!said.contains("serving client"), "{said}");
     // The helper's line is on the same stdout, as with the original.
     let lines: Vec<_> = text(&output.stdout).lines().collect();
     let got: Vec<_> = lines.iter().filter(|line| !line.starts_with('{')).collect();

@@ -23,17 +23,29 @@ use crate::sys::{after, lock};
 pub(super) enum PeerRule {
     /// The socket was given with its peer.
     Given,
-    /// It is the one that sends first. With `once` there is no other one after it.
-    Learn { once: bool },
+    /// It is the one that sends first.
+    Learn,
     /// The socket of a path. If `magic`, it is told that a VMM comes, as vfkit does.
     Known { path: PathBuf, address: Address, magic: bool, pause: Duration },
+}
+
+/// What follows when the peer has gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// Another peer is looked for.
+    Peer,
+    /// The wire is over. The socket stays connected, so that nobody else can send to it.
+    End,
+    /// The wire is over, and the socket is for the next wire.
+    Wire,
 }
 
 /// A datagram socket and its peer. The device and its queues share it.
 #[derive(Debug)]
 pub(super) struct Datagram {
-    pub(super) socket: OwnedFd,
+    pub(super) socket: Arc<OwnedFd>,
     rule: PeerRule,
+    next: Next,
     has_peer: AtomicBool,
     /// Whether messages of other senders may still be among those that wait to be received: they were
     /// there before the socket was connected. Linux lets nobody but the peer send to a connected socket.
@@ -44,12 +56,12 @@ pub(super) struct Datagram {
 
 #[derive(Debug, Default)]
 struct State {
-    /// The address of the learned peer.
+    /// The address of the peer, if it was learned or reached.
     peer: Option<Address>,
     /// Nothing is tried, and nobody is looked for, before this time.
     not_before: Option<Instant>,
     over: Option<Status>,
-    /// The file by which a known peer was found.
+    /// The file of the peer's socket when the peer was found.
     file_of_peer: Option<FileId>,
     _file: Option<SocketFile>,
 }
@@ -73,8 +85,9 @@ impl FileId {
 
 impl Datagram {
     pub(super) fn new(
-        socket: OwnedFd,
+        socket: Arc<OwnedFd>,
         rule: PeerRule,
+        next: Next,
         file: Option<SocketFile>,
         counters: Arc<Counters>,
     ) -> Self {
@@ -85,6 +98,7 @@ impl Datagram {
         Self {
             socket,
             rule,
+            next,
             has_peer: AtomicBool::new(given),
             mixed: AtomicBool::new(false),
             state: Mutex::new(State { _file: file, ..State::default() }),
@@ -96,7 +110,7 @@ impl Datagram {
     pub(super) fn pause(&self) -> Option<Duration> {
         match &self.rule {
             PeerRule::Given => None,
-            PeerRule::Learn { .. } => Some(RECONNECT),
+            PeerRule::Learn => Some(RECONNECT),
             PeerRule::Known { pause, .. } => Some(*pause),
         }
     }
@@ -120,7 +134,7 @@ impl Datagram {
         }
         let found = match &self.rule {
             PeerRule::Given => false,
-            PeerRule::Learn { .. } => self.learn(&mut state),
+            PeerRule::Learn => self.learn(&mut state),
             PeerRule::Known { path, address, magic, pause } => {
                 if state.not_before.is_some_and(|at| Instant::now() < at) {
                     return Ok(false);
@@ -149,10 +163,7 @@ impl Datagram {
         for _ in 0..UNNAMED_PER_POLL {
             let Ok(sender) = sys::peek_sender(&self.socket) else { return false };
             if !sender.is_unnamed() && sys::connect(&self.socket, &sender).is_ok() {
-                tracing::debug!(?sender, "a wire has a peer");
-                state.peer = Some(sender);
-                state.not_before = Some(after(RECONNECT));
-                self.mixed.store(true, Ordering::Relaxed);
+                self.remember(state, sender);
                 return true;
             }
             // Nobody can answer it: it has no name, or is gone already.
@@ -162,10 +173,38 @@ impl Datagram {
         false
     }
 
+    fn remember(&self, state: &mut State, peer: Address) {
+        tracing::debug!(?peer, "a wire has a peer");
+        state.peer = Some(peer);
+        state.file_of_peer = peer.path().and_then(|path| FileId::of(&path));
+        state.not_before = Some(after(RECONNECT));
+        self.mixed.store(true, Ordering::Relaxed);
+    }
+
+    /// Says that the socket is connected to this peer already.
+    pub(super) fn has_peer(&self, peer: Address) {
+        let mut state = lock(&self.state);
+        match &self.rule {
+            PeerRule::Known { path, magic, pause, .. } => {
+                state.peer = Some(peer);
+                state.file_of_peer = FileId::of(path);
+                state.not_before = Some(after(*pause));
+                self.mixed.store(true, Ordering::Relaxed);
+                if *magic {
+                    // If it fails, the peer has gone, and is found to be gone.
+                    let _ = sys::send(&self.socket, &VFKIT_MAGIC);
+                }
+            }
+            PeerRule::Given | PeerRule::Learn => self.remember(&mut state, peer),
+        }
+        add_one(&self.counters.peers);
+        self.has_peer.store(true, Ordering::Relaxed);
+    }
+
     /// Whether a message that comes can be received or thrown away. While a known peer is not there, what
     /// others send waits, and must not wake anybody.
     pub(super) fn takes_messages(&self) -> bool {
-        matches!(self.rule, PeerRule::Learn { .. }) || self.has_peer.load(Ordering::Relaxed)
+        matches!(self.rule, PeerRule::Learn) || self.has_peer.load(Ordering::Relaxed)
     }
 
     /// The sender whose messages count, if others may be among them.
@@ -198,7 +237,10 @@ impl Datagram {
             (PeerRule::Known { path, address, pause, .. }, _) => {
                 (*address, *pause, FileId::of(path) != state.file_of_peer)
             }
-            (_, Some(address)) => (*address, RECONNECT, false),
+            (_, Some(address)) => {
+                let file = address.path().and_then(|path| FileId::of(&path));
+                (*address, RECONNECT, file != state.file_of_peer)
+            }
             _ => return,
         };
         state.not_before = Some(after(pause));
@@ -231,14 +273,11 @@ impl Datagram {
         }
         state.peer = None;
         self.mixed.store(false, Ordering::Relaxed);
-        match self.rule {
-            PeerRule::Given => {}
-            // The socket stays connected, so that nobody else can send to it.
-            PeerRule::Learn { once: true } => {
+        match (&self.rule, self.next) {
+            (PeerRule::Given, _) => {}
+            (_, Next::Peer) => sys::disconnect(&self.socket),
+            (_, Next::End | Next::Wire) => {
                 state.over.get_or_insert(Status::Os(libc::ECONNRESET));
-            }
-            PeerRule::Learn { once: false } | PeerRule::Known { .. } => {
-                sys::disconnect(&self.socket);
             }
         }
     }
@@ -252,12 +291,15 @@ impl Datagram {
         }
     }
 
-    /// Ends the wire, and removes the socket's file.
+    /// Ends the wire, and removes the socket's file if it is the wire's.
     pub(super) fn stop(&self) {
         let mut state = lock(&self.state);
         state.over.get_or_insert(Status::SetupIncomplete);
         state._file = None;
         self.has_peer.store(false, Ordering::Relaxed);
-        sys::shutdown(&self.socket);
+        match self.next {
+            Next::Wire => sys::disconnect(&self.socket),
+            Next::Peer | Next::End => sys::shutdown(&self.socket),
+        }
     }
 }

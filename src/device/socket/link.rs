@@ -166,8 +166,8 @@ pub(super) enum Source {
 
 impl Source {
     pub(super) fn listener(listener: Listener) -> Self {
-        let Listener { socket, file } = listener;
-        Source::Listener { socket: Arc::new(socket), _file: file }
+        let Listener { socket, file, .. } = listener;
+        Source::Listener { socket, _file: file }
     }
 }
 

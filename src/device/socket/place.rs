@@ -6,10 +6,11 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::thread;
 use std::time::Instant;
 
-use super::limits::{LOCK_AGAIN, LOCK_PATIENCE};
+use super::limits::{LOCK_AGAIN, LOCK_PATIENCE, UNNAMED_PER_POLL};
 use super::sys::{self, Address};
 use crate::error::{Error, SocketError};
 
@@ -49,13 +50,16 @@ impl SocketKind {
 /// A socket of a path on which peers connect, one after the other or several at once. It does not wait.
 ///
 /// Nobody connects to a datagram socket: it only has its path, to which peers send. An interface gets it
-/// by [`Socket::bound`](super::Socket::bound).
+/// by [`Socket::bound`](super::Socket::bound), or one interface after the other has it, each for one peer
+/// ([`Socket::peer_of`](super::Socket::peer_of)).
 ///
 /// Dropping it removes the file of its path, if the file is still its own.
 #[derive(Debug)]
 pub struct Listener {
-    pub(super) socket: OwnedFd,
+    pub(super) socket: Arc<OwnedFd>,
     pub(super) file: Option<SocketFile>,
+    /// The path of the peer that a datagram socket was connected to.
+    pub(super) reached: Option<PathBuf>,
 }
 
 impl Listener {
@@ -74,7 +78,7 @@ impl Listener {
         if kind != SocketKind::Datagram {
             sys::listen(&socket).map_err(Error::io("listening on a socket"))?;
         }
-        Ok(Self { socket, file: Some(file) })
+        Ok(Self { socket: Arc::new(socket), file: Some(file), reached: None })
     }
 
     /// Takes the next connection. Returns `None` if there is none now. A [`Socket`](super::Socket) that
@@ -87,6 +91,55 @@ impl Listener {
     pub fn accept(&self) -> io::Result<Option<OwnedFd>> {
         sys::accept(self.socket.as_fd())
     }
+
+    /// Looks whether somebody has sent to a datagram socket, and connects it to the first one who has and
+    /// can be answered. What that one has sent stays. [`Socket::peer_of`](super::Socket::peer_of) serves
+    /// it. A peer that the socket still has, because no interface has served it, is given up, with what it
+    /// has sent.
+    pub fn learn_peer(&mut self) -> Learned {
+        self.reached = None;
+        if sys::peer(&self.socket).is_some() {
+            // While the socket is connected to it, nobody else can send.
+            sys::disconnect(&self.socket);
+        }
+        let mut unnamed = 0;
+        while unnamed < UNNAMED_PER_POLL.into()
+            && let Ok(sender) = sys::peek_sender(&self.socket)
+        {
+            if !sender.is_unnamed() && sys::connect(&self.socket, &sender).is_ok() {
+                return Learned { has_peer: true, unnamed };
+            }
+            // Nobody can answer it: it has no name, or is gone already.
+            let _ = sys::receive(&self.socket, &mut [0; 1]);
+            unnamed += 1;
+        }
+        Learned { has_peer: false, unnamed }
+    }
+
+    /// Connects a datagram socket to the socket of a path, which is its peer then. It does not wait.
+    /// [`Socket::peer_of`](super::Socket::peer_of) serves the peer.
+    ///
+    /// # Errors
+    ///
+    /// `NotFound` or `ConnectionRefused` while there is nobody, `EPERM` if the other socket has another
+    /// peer, and what else the system says.
+    pub fn reach(&mut self, path: &Path) -> io::Result<()> {
+        let address = Address::of(path)
+            .map_err(|error| io::Error::new(io::ErrorKind::InvalidInput, error))?;
+        sys::connect(&self.socket, &address)?;
+        self.reached = Some(path.to_owned());
+        Ok(())
+    }
+}
+
+/// What [`Listener::learn_peer`] has found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Learned {
+    /// Whether the socket has a peer now.
+    pub has_peer: bool,
+    /// Messages that were thrown away, because nobody can answer their senders.
+    pub unnamed: u64,
 }
 
 impl AsFd for Listener {
@@ -98,10 +151,9 @@ impl AsFd for Listener {
 /// What a descriptor is that another process has opened.
 #[derive(Debug)]
 pub enum Adopted {
-    /// Peers connect to it.
+    /// Peers connect to it, or send to it if it is a datagram socket.
     Listening(Listener),
-    /// It is for one peer: it is connected, or it is a datagram socket. An interface gets it by
-    /// [`Socket::from_fd`](super::Socket::from_fd).
+    /// It is connected. An interface gets it by [`Socket::from_fd`](super::Socket::from_fd).
     Single(OwnedFd),
 }
 
@@ -112,11 +164,13 @@ pub enum Adopted {
 ///
 /// [`SocketError::Descriptor`] if it is no socket of this kind.
 pub fn adopt(kind: SocketKind, socket: OwnedFd) -> Result<Adopted, Error> {
-    if !check(kind, &socket)? {
+    let listens = check(kind, &socket)?;
+    if listens {
+        sys::accept_at_once(&socket).map_err(Error::io("setting a flag of a socket"))?;
+    } else if kind != SocketKind::Datagram || sys::peer(&socket).is_some() {
         return Ok(Adopted::Single(socket));
     }
-    sys::accept_at_once(&socket).map_err(Error::io("setting a flag of a socket"))?;
-    Ok(Adopted::Listening(Listener { socket, file: None }))
+    Ok(Adopted::Listening(Listener { socket: Arc::new(socket), file: None, reached: None }))
 }
 
 /// Makes a socket of this kind at a path, with the rules of [`Listener::bind`]. A datagram socket is

@@ -1,11 +1,11 @@
 //! The system calls of sockets. No call waits, and none changes a flag of a descriptor that somebody
 //! else has made, because the other holders of such a descriptor share its flags.
 
-use std::ffi::c_void;
+use std::ffi::{OsStr, c_void};
 use std::mem::{self, offset_of};
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::{io, ptr};
 
 use super::limits::BACKLOG;
@@ -65,6 +65,13 @@ impl Address {
     /// Says how long the address is that a call has written.
     pub(super) fn set_len(&mut self, len: libc::socklen_t) {
         self.len = len.min(size_of::<libc::sockaddr_un>() as libc::socklen_t);
+    }
+
+    /// The path, if the address is one. An abstract name of Linux is none.
+    pub(super) fn path(&self) -> Option<PathBuf> {
+        let bytes: Vec<u8> = self.bytes().iter().map(|byte| *byte as u8).collect();
+        let is_path = bytes.first().is_some_and(|first| *first != 0);
+        is_path.then(|| OsStr::from_bytes(&bytes).into())
     }
 
     fn bytes(&self) -> &[libc::c_char] {
@@ -257,12 +264,14 @@ pub(super) fn set_buffers(fd: &OwnedFd, send: usize, receive: usize) {
     }
 }
 
-/// Whether the socket has a peer.
-pub(super) fn has_peer(fd: &OwnedFd) -> bool {
+/// The peer of a socket, if it has one.
+pub(super) fn peer(fd: &OwnedFd) -> Option<Address> {
     let mut address = Address::none();
     let mut len = size_of::<libc::sockaddr_un>() as libc::socklen_t;
     // SAFETY: the space has `len` bytes, and the system writes at most as many.
-    unsafe { libc::getpeername(fd.as_raw_fd(), address.space().0.cast(), &mut len) == 0 }
+    let found = unsafe { libc::getpeername(fd.as_raw_fd(), address.space().0.cast(), &mut len) };
+    address.set_len(len);
+    (found == 0).then_some(address)
 }
 
 /// Whether the peer has closed a connection, for sockets whose empty messages look like an end.

@@ -237,9 +237,126 @@ fn clients_of_different_wires_reach_each_other() {
     let mut again = Wire::of(again, mac(4));
     exchange(&mut stream, &mut again, 0..10);
     let report = server.report("TERM");
-    assert_eq!(report["sockets"][1]["connections"], 1, "{report:#}");
-    assert_eq!(counted(&report, 1, "peers"), 2, "{report:#}");
+    assert_eq!(report["sockets"][1]["connections"], 2, "{report:#}");
+    assert_eq!(how(&report, 1), ["has left", "was connected when the server ended"]);
     assert!(!is_socket(&a) && !is_socket(&b) && is_socket(&own), "only its own are removed");
+}
+
+/// Sends a broadcast, and waits until the other has it.
+fn broadcast(from: &mut Wire, to: &mut Wire) {
+    let frame = packet(from.mac, [0xff; 6], 60, 7);
+    from.send(&frame);
+    let start = Instant::now();
+    while to.next(SHORT).is_none_or(|came| came != frame) {
+        assert!(start.elapsed() < LIMIT, "the broadcast does not arrive");
+    }
+}
+
+/// Connects to a datagram socket. While it has another peer, which may have gone just now, it refuses.
+fn connect_datagrams(path: &Path, own: &Path) -> UnixDatagram {
+    let socket = UnixDatagram::bind(own).expect("a socket of its own");
+    let start = Instant::now();
+    while let Err(error) = socket.connect(path) {
+        assert!(start.elapsed() < LIMIT, "the server does not let go: {error}");
+        thread::sleep(Duration::from_millis(20));
+    }
+    socket
+}
+
+/// Goal: what a datagram socket has learned of a VMM, such as its MAC address, is forgotten when the VMM
+/// has gone, also if the next one has the same path. The next one has no more rights by that: it takes
+/// nobody's address.
+#[test]
+fn the_next_vmm_of_a_datagram_socket_has_an_address_of_its_own() {
+    let folder = scratch("wires next");
+    let [a, b, own] = ["a.sock", "b.sock", "own"].map(|name| folder.join(name));
+    for (kind, other) in [("vfkit", "qemu"), ("qemu-dgram", "libkrun")] {
+        let datagrams = at(kind, &a) + ",mac=learn";
+        let streams = at(other, &b) + ",mac=learn";
+        let server = Server::new(&["--listen", &datagrams, "--listen", &streams]);
+        let mut stream = Wire::stream(&b, mac(9));
+        for number in 1..4 {
+            let mut vmm = Wire::of(connect_datagrams(&a, &own), mac(number));
+            exchange(&mut stream, &mut vmm, 0..5);
+            // Neither its predecessor's address nor another guest's is its own.
+            for taken in [mac(9), mac(number - 1)] {
+                vmm.send(&packet(taken, [0xff; 6], 60, 99));
+            }
+            exchange(&mut stream, &mut vmm, 5..6);
+            drop(vmm);
+            std::fs::remove_file(&own).expect("its socket");
+        }
+        let report = server.report("TERM");
+        let of_datagrams = &report["sockets"][0];
+        assert_eq!(of_datagrams["connections"], 3, "{report:#}");
+        assert_eq!(of_datagrams["drops_by_reason"]["spoofed"], 6, "{report:#}");
+    }
+}
+
+/// Goal: a datagram socket is no guest while nobody is there: neither in the counters of guests, nor for
+/// frames to all, which nobody loses then.
+#[test]
+fn a_datagram_socket_without_a_vmm_is_no_guest() {
+    let folder = scratch("wires nobody");
+    let [a, b, c, own] = ["a", "b", "c", "own"].map(|name| folder.join(name));
+    let [metrics, vmm] = ["metrics", "vmm"].map(|name| folder.join(name));
+    let datagrams = at("qemu-dgram", &a);
+    let reaching = format!("{},client,own={}", at("vfkit", &vmm), c.display());
+    let place = format!("unix:{}", metrics.display());
+    let arguments = ["--listen", &datagrams, "--listen", &at("qemu", &b), "--listen", &reaching];
+    let server = Server::new(&[&arguments[..], &["--metrics", &place]].concat());
+    let guests = |path: &str| {
+        let answer = options::scraped(connected(&metrics));
+        let start = format!("vmring_guests{{socket=\"{path}\"}} ");
+        let line = answer.lines().find_map(|line| line.strip_prefix(&start));
+        line.unwrap_or_else(|| panic!("{answer}")).to_owned()
+    };
+    let until = |path: &str, number: &str| {
+        let start = Instant::now();
+        while guests(path) != number {
+            assert!(start.elapsed() < LIMIT, "{path} has {} guests", guests(path));
+            thread::sleep(Duration::from_millis(20));
+        }
+    };
+    let reached = format!("{},client", at("vfkit", &vmm));
+    assert_eq!((&*guests(&datagrams), &*guests(&reached)), ("0", "0"));
+    let mut one = Wire::stream(&b, mac(1));
+    let mut two = Wire::stream(&b, mac(2));
+    exchange(&mut one, &mut two, 0..1);
+    for _ in 0..10 {
+        broadcast(&mut one, &mut two);
+    }
+    // One whom nobody can answer is no guest.
+    let unnamed = UnixDatagram::unbound().expect("a socket");
+    unnamed.send_to(&packet(mac(8), [0xff; 6], 60, 1), &a).expect("it is taken");
+    broadcast(&mut one, &mut two);
+    assert_eq!((&*guests(&datagrams), &*guests(&reached)), ("0", "0"));
+    for _ in 0..2 {
+        let listening = UnixDatagram::bind(&vmm).expect("a socket");
+        let mut magic = [0; 16];
+        listening.set_read_timeout(Some(LIMIT)).expect("a timeout");
+        let (len, _) = listening.recv_from(&mut magic).expect("the server announces itself");
+        assert_eq!(&magic[..len], VFKIT_MAGIC);
+        let mut three = Wire::of(connect_datagrams(&a, &own), mac(3));
+        exchange(&mut one, &mut three, 0..2);
+        until(&datagrams, "1");
+        until(&reached, "1");
+        drop((three, listening));
+        for path in [&own, &vmm] {
+            std::fs::remove_file(path).expect("its file");
+        }
+        until(&datagrams, "0");
+        until(&reached, "0");
+    }
+    for _ in 0..10 {
+        broadcast(&mut one, &mut two);
+    }
+    let report = server.report("TERM");
+    assert_eq!(report["sockets"][0]["connections"], 2, "{report:#}");
+    assert_eq!(counted(&report, 0, "tx_unnamed"), 1, "{report:#}");
+    // The few frames between the end of a VMM and the moment when it is noticed have nobody.
+    assert!(counted(&report, 0, "rx_errors") <= 4, "{report:#}");
+    assert!(!is_socket(&a) && !is_socket(&c), "nothing is left");
 }
 
 /// Goal: clients that take all the places that they can get leave each other socket one.
