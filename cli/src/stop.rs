@@ -118,7 +118,7 @@ impl Caught {
 /// that is what nohup(1) asks for. SIGINT and SIGTERM are handled in any case: a shell without job
 /// control starts every background command with SIGINT ignored, and scripts end such a command with
 /// `kill -INT`.
-fn ending_signals() -> Vec<i32> {
+pub(crate) fn ending_signals() -> Vec<i32> {
     let mut signals = vec![SIGINT, SIGTERM];
     if !system::is_ignored(SIGHUP) {
         signals.push(SIGHUP);

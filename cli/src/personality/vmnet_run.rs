@@ -12,7 +12,7 @@ use clap::Parser;
 use nix::sys::signal::{Signal, killpg};
 use nix::sys::socket::{setsockopt, sockopt};
 use nix::unistd::{Pid, getpgrp, getpid, setpgid};
-use signal_hook::consts::{SIGCHLD, SIGINT, SIGTERM};
+use signal_hook::consts::SIGCHLD;
 use signal_hook::iterator::Signals;
 
 use super::limits::{
@@ -22,6 +22,7 @@ use super::log::Log;
 use super::network::is_vmnet;
 use super::program;
 use super::vmnet_helper::{InterfaceOptions, version};
+use crate::stop::ending_signals;
 
 const NOTES: &str = "\
 It takes the part of vmnet-run (github.com/nirs/vmnet-helper), which was called
@@ -79,7 +80,8 @@ pub(super) fn run(options: Options, log: Log) -> ExitCode {
 fn supervised(interface: &InterfaceOptions, mut command: Command, log: Log) -> Result<u8, String> {
     let failed = |what: &str, error: &dyn std::fmt::Display| format!("{what}: {error}");
     // They are caught before there is anything to end.
-    let mut signals = Signals::new([SIGCHLD, SIGTERM, SIGINT]).map_err(|e| failed("signal", &e))?;
+    let caught = ending_signals().into_iter().chain([SIGCHLD]);
+    let mut signals = Signals::new(caught).map_err(|e| failed("signal", &e))?;
     if getpid() != getpgrp() {
         setpgid(Pid::from_raw(0), Pid::from_raw(0)).map_err(|e| failed("setpgid", &e))?;
     }

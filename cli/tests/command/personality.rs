@@ -383,32 +383,50 @@ fn vmnet_run_starts_a_command_beside_a_helper() {
     }
 }
 
-/// Goal: a signal to `vmnet-run` ends its command and its helper, and what it returns says so.
+/// Goal: each signal that ends `vmnet-run` ends its command and its helper, and what it returns says so. A
+/// SIGHUP that nohup(1) has it ignore ends nothing.
 #[test]
 fn a_signal_ends_vmnet_run_with_its_command_and_its_helper() {
-    let mut owner = Helper::start(personality(&[
-        "vmnet-run",
-        "-v",
-        "--",
-        "sh",
-        "-c",
-        "echo started >&2; exec sleep 600",
-    ]));
-    owner.until_said("started\n");
-    // The helper says that it runs too.
-    owner.until_said("started helper (pid ");
-    owner.until_said("started command (pid ");
-    let pid = |what: &str| -> libc::pid_t {
-        let said = owner.said();
-        let (_, rest) = said.split_once(&format!("started {what} (pid ")).expect("it says so");
-        rest.split(')').next().and_then(|pid| pid.parse().ok()).expect("a number")
-    };
-    let children = [pid("helper"), pid("command")];
-    owner.terminate();
-    assert_eq!(owner.ended().0.code(), Some(128 + libc::SIGTERM), "{}", owner.said());
-    for pid in children {
-        // SAFETY: the call takes numbers only, and the signal 0 does nothing.
-        assert!(unsafe { libc::kill(pid, 0) } < 0, "{pid} is left");
+    use std::os::unix::process::CommandExt;
+
+    let script = "echo started >&2; exec sleep 600";
+    let words = ["vmnet-run", "-v", "--", "sh", "-c", script];
+    for signal in [libc::SIGTERM, libc::SIGINT, libc::SIGHUP] {
+        let mut command = personality(&words);
+        if signal == libc::SIGTERM {
+            // SAFETY: signal(2) is safe to call between fork and exec, and touches no memory.
+            unsafe {
+                command.pre_exec(|| {
+                    libc::signal(libc::SIGHUP, libc::SIG_IGN);
+                    Ok(())
+                })
+            };
+        }
+        let mut owner = Helper::start(command);
+        owner.until_said("started\n");
+        // The helper says that it runs too.
+        owner.until_said("started helper (pid ");
+        owner.until_said("started command (pid ");
+        let pid = |what: &str| -> libc::pid_t {
+            let said = owner.said();
+            let (_, rest) = said.split_once(&format!("started {what} (pid ")).expect("it says so");
+            rest.split(')').next().and_then(|pid| pid.parse().ok()).expect("a number")
+        };
+        let children = [pid("helper"), pid("command")];
+        let kill = |signal: i32| {
+            let id = owner.child.id() as libc::pid_t;
+            // SAFETY: the call takes numbers only, and the process was not waited for.
+            assert_eq!(unsafe { libc::kill(id, signal) }, 0);
+        };
+        if signal == libc::SIGTERM {
+            kill(libc::SIGHUP);
+        }
+        kill(signal);
+        assert_eq!(owner.ended().0.code(), Some(128 + signal), "{}", owner.said());
+        for pid in children {
+            // SAFETY: the call takes numbers only, and the signal 0 does nothing.
+            assert!(unsafe { libc::kill(pid, 0) } < 0, "{pid} is left after signal {signal}");
+        }
     }
 }
 
