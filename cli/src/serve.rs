@@ -196,13 +196,16 @@ fn keeps_privileges(args: &ServeArgs, network: &NetworkSpec) -> bool {
 /// How many files the server has open at most.
 fn open_files(args: &ServeArgs, listens: &[ListenSpec]) -> u32 {
     let pairs = listens.iter().filter(|spec| !spec.is_wire()).filter_map(|spec| spec.queues);
-    let of_devices = pairs.max().map_or(0, |pairs| {
+    // A device has more of them than a wire, so most are open when the guests on wires have the places that
+    // are left.
+    let (devices, of_devices) = pairs.max().map_or((0, 0), |pairs| {
         let each = FILES_PER_DEVICE + FILES_PER_PAIR * u32::from(pairs);
-        args.connections.min(SEATS_MAX) * each
+        let devices = args.connections.min(SEATS_MAX);
+        (devices, devices * each)
     });
     let has_wires = listens.iter().any(ListenSpec::is_wire);
-    let of_wires = if has_wires { args.connections * FILES_PER_WIRE } else { 0 };
-    FILES + of_devices.max(of_wires)
+    let of_wires = if has_wires { (args.connections - devices) * FILES_PER_WIRE } else { 0 };
+    FILES + of_devices + of_wires
 }
 
 /// Puts sockets without a folder into the private one.
@@ -343,5 +346,41 @@ fn resolvers() -> Option<PathBuf> {
     match file.parent() {
         Some(folder) if folder != Path::new("/etc") => Some(folder.to_owned()),
         _ => Some(file),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Whole {
+        #[command(flatten)]
+        args: ServeArgs,
+    }
+
+    /// Goal: the limit of open files is enough for the most guests of both kinds together.
+    #[test]
+    fn there_are_files_for_devices_and_wires_together() {
+        let files = |words: &str| {
+            let words = format!("serve --network embedded:lab {words}");
+            let Whole { args } = Whole::parse_from(words.split(' '));
+            open_files(&args, &listens(&args))
+        };
+        let device = FILES_PER_DEVICE + 4 * FILES_PER_PAIR;
+        for (words, expected) in [
+            ("--listen qemu:a --connections 900", 900 * FILES_PER_WIRE),
+            ("--listen vhost-user:a,queues=4 --connections 100", 100 * device),
+            ("--listen vhost-user:a,queues=4 --connections 900", 512 * device),
+            ("--listen vhost-user:a,queues=4 --listen qemu:b --connections 100", 100 * device),
+            (
+                "--listen vhost-user:a,queues=4 --listen qemu:b --connections 900",
+                512 * device + 388 * FILES_PER_WIRE,
+            ),
+        ] {
+            assert_eq!(files(words), FILES + expected, "{words}");
+        }
     }
 }
