@@ -15,7 +15,7 @@ use crate::device::{DeviceName, VMNET};
 use crate::dhcp::DhcpArgs;
 use crate::failure::Failure;
 use crate::nat::NatArgs;
-use crate::serve::limits::{CONNECTIONS, CONNECTIONS_MAX};
+use crate::serve::limits::{CONNECTIONS, CONNECTIONS_MAX, PAIRS_MAX};
 use crate::serve::metrics::MetricsSpec;
 use crate::serve::spec::{ConnectSpec, ListenSpec, MacRule, NetworkSettings, NetworkSpec};
 use crate::size::Size;
@@ -295,10 +295,11 @@ Sockets:
                                    vnet_hdr: each frame has a virtio header
 Options of a socket: mac=ADDRESS (the guest has this address and no other),
 mac=learn (the first one that it uses), isolated (the guest reaches the gateway
-or the uplink, and no other guest), queues=NUMBER, config (the front end may read
-the address and the MTU), seals (memory that can shrink is refused), announce
-(the guest announces itself after a migration), offload=off (checksums and
-segments are the guest's work: faster for one that does not offload),
+or the uplink, and no other guest), queues=NUMBER (pairs of queues, 1 to 16),
+config (the front end may read the address and the MTU), seals (memory that can
+shrink is refused), announce (the guest announces itself after a migration),
+offload=off (checksums and segments are the guest's work: faster for one that
+does not offload),
 offload=implied (of vfkit, krunkit and qemu-dgram without vnet_hdr: checksums and
 segments are the server's work, as with krunkit's offloading=on),
 capture=FILE (its guests' packets are recorded), and limits: rate= for both ways,
@@ -350,9 +351,9 @@ pub(crate) struct ServeArgs {
     /// that it uses), unless its socket says something else
     #[arg(long, value_name = "WHICH", default_value = "any", value_parser = MACS)]
     pub(crate) mac: MacRule,
-    /// Pairs of queues of a guest, unless its socket says something else
+    /// Pairs of queues of a guest over vhost-user, 1 to 16, unless its socket says something else
     #[arg(long, value_name = "PAIRS", default_value_t = 1,
-          value_parser = clap::value_parser!(u16).range(1..=128))]
+          value_parser = clap::value_parser!(u16).range(1..=PAIRS_MAX as i64))]
     pub(crate) queues: u16,
     /// The largest IP packet in bytes [default: the network's own, 1500]
     #[arg(long, value_name = "BYTES")]

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use vmring::device::embedded::QUEUES_MAX;
+
 /// The mappings that a connection may have at once: twice the 509 regions that it may share, because
 /// a new table is mapped before the old one goes, and its dirty logs.
 pub(crate) const MAPPINGS_PER_CONNECTION: usize = 1024;
@@ -19,6 +21,8 @@ pub(crate) const STOP_TIMEOUT: Duration = Duration::from_secs(10);
 pub(crate) const CONNECTIONS: u32 = 64;
 /// The most that can be asked for: a network has 1,024 ports, and one is the server's own.
 pub(crate) const CONNECTIONS_MAX: u32 = 1023;
+/// The most pairs of queues of a guest: as many as a port of a network has.
+pub(crate) const PAIRS_MAX: u16 = QUEUES_MAX as u16;
 /// The most over vhost-user, whose mappings have a table each.
 pub(crate) const SEATS_MAX: u32 = 512;
 /// Packets that may be on their way between a wire and its port: those from the wire, and those from the

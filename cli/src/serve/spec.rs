@@ -15,7 +15,7 @@ use vmring::MacAddr6;
 use vmring::device::Offloads;
 use vmring::device::embedded::{PortLimits, Rate};
 
-use super::limits::SEATS_MAX;
+use super::limits::{PAIRS_MAX, SEATS_MAX};
 use crate::failure::Failure;
 use crate::size::Size;
 use crate::wire::WireKind;
@@ -286,8 +286,8 @@ impl ListenSpec {
 
 fn queues(number: &str) -> Result<u16, String> {
     match number.parse() {
-        Ok(pairs) if (1..=128).contains(&pairs) => Ok(pairs),
-        _ => Err(format!("a guest has 1 to 128 pairs of queues, and not '{number}'")),
+        Ok(pairs) if (1..=PAIRS_MAX).contains(&pairs) => Ok(pairs),
+        _ => Err(format!("a guest has 1 to {PAIRS_MAX} pairs of queues, and not '{number}'")),
     }
 }
 
