@@ -311,10 +311,11 @@ impl Guest {
     }
 
     /// Gets an address by DHCP (RFC 2131).
-    pub(super) fn lease(&mut self) {
+    pub(super) fn lease(&mut self) -> [u8; 4] {
         let offer = self.dhcp(1, &[]);
         let acknowledged = self.dhcp(3, &wanted(&offer));
         assert_eq!(acknowledged[58..62], offer[58..62]);
+        offer[58..62].try_into().expect("four of the bytes")
     }
 
     /// Sends a DHCP message of this type with these options, and returns the answer, from its Ethernet

@@ -72,6 +72,41 @@ fn a_server_runs_as_its_unit_says() {
     }
 }
 
+/// Goal: a socket without a folder, the leases and the captures are where the unit lets the server write.
+#[test]
+fn names_are_where_the_unit_lets_a_server_write() {
+    let unit = unit();
+    for line in [
+        "ProtectSystem=strict",
+        "RuntimeDirectory=vmring-%i",
+        "Environment=XDG_RUNTIME_DIR=%t/vmring-%i",
+        "StateDirectory=vmring-%i",
+        "WorkingDirectory=%S/vmring-%i",
+    ] {
+        assert!(unit.lines().any(|own| own == line), "no {line}");
+    }
+    let folder = scratch("serve unit names");
+    let [runtime, state] = ["run", "lib"].map(|name| folder.join(name));
+    for folder in [&runtime, &state] {
+        std::fs::create_dir(folder).expect("a folder");
+    }
+    let listen = "vhost-user:vm0,capture=vm0.pcapng";
+    let arguments = ["serve", "--json", "--network", "embedded:lab", "--lease-file", "leases"];
+    let arguments = [&arguments[..], &["--listen", listen]].concat();
+    let mut command = Command::new(env!("CARGO_BIN_EXE_vmring"));
+    command.args(&arguments).env("XDG_RUNTIME_DIR", &runtime).current_dir(&state);
+    let server = Server::of(&mut command, &arguments);
+    let mut guest = Guest::new(&runtime.join("vmring/vm0"), mac(1));
+    guest.post(16);
+    guest.lease();
+    drop(guest);
+    server.report("TERM");
+    for (name, least) in [("leases", 30), ("vm0.pcapng", 300)] {
+        let len = state.join(name).metadata().expect(name).len();
+        assert!(len > least, "{name} has {len} bytes");
+    }
+}
+
 /// The file for launchd is a property list, and its command line is one that the command takes.
 #[test]
 fn the_file_for_launchd_is_valid() {
