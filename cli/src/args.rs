@@ -157,8 +157,9 @@ Ends:
                                    shared, bridged:BRIDGE) the host's end is set
                                    up too, on a subnet that the host does not
                                    use if none is given
-  vmnet[:MODE]                     Apple's vmnet; elsewhere vmnet-sim, the
-                                   simulated one
+  vmnet[:MODE[,OPTION...]]         Apple's vmnet; elsewhere vmnet-sim, the
+                                   simulated one. The options are those of
+                                   'vmring serve'
   qemu:PATH[,client][,vnet_hdr]    a wire to a VMM over a Unix socket, which is
                                    listened on, or connected to as a client;
                                    with vnet_hdr each frame has a virtio header.
@@ -275,8 +276,13 @@ Networks:
   tap:NAME[,MODE[,GATEWAY/BITS]]   a switch with a TAP of the Linux kernel as its
                                    uplink; with a mode (host, shared,
                                    bridged:BRIDGE) the host's end is set up too
-  vmnet[:MODE]                     a switch with Apple's vmnet as its uplink;
-                                   elsewhere vmnet-sim, the simulated one
+  vmnet[:MODE[,OPTION...]]         a switch with Apple's vmnet as its uplink;
+                                   elsewhere vmnet-sim, the simulated one. With
+                                   an option it is a network of its own (macOS
+                                   26): network, subnet=GATEWAY/BITS,
+                                   ipv6=PREFIX/BITS, external=INTERFACE,
+                                   reserve=MAC=ADDRESS, dhcp=off, dns=off,
+                                   nat=off, nat66=off, ra=off
 Sockets:
   vhost-user:PATH[,OPTION...]      front ends connect; each is a port of its own
   vhost-user:NAME                  the same, in a private folder: vmring below

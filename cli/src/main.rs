@@ -27,6 +27,7 @@ mod stream;
 mod system;
 #[cfg(target_os = "linux")]
 mod tap;
+mod vmnet;
 mod wire;
 
 use std::io::{self, Write};

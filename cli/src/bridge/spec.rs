@@ -8,7 +8,7 @@ use std::str::FromStr;
 use clap::ValueEnum;
 use vmring::device::Offloads;
 use vmring::device::pcap::Replay;
-use vmring::{Embedded, Error, Interface, InterfaceBuilder, Ipv4Range, Mode, Vmnet};
+use vmring::{Embedded, Error, Interface, InterfaceBuilder, Ipv4Range};
 
 use super::limits::STOP_TIMEOUT;
 use crate::device::{QUEUE, VMNET};
@@ -18,6 +18,7 @@ use crate::nat::NatArgs;
 use crate::recording::{Recording, is_same_file, why};
 #[cfg(target_os = "linux")]
 use crate::tap::KernelDrops;
+use crate::vmnet::VmnetSpec;
 use crate::wire::{WireKind, WireSpec};
 
 /// One end, as the command line of `vmring bridge` has it.
@@ -27,9 +28,14 @@ pub(crate) enum Spec {
     Embedded { network: String, subnet: Option<Ipv4Range> },
     /// A TAP of the kernel. With a mode, the host's end is set up too.
     #[cfg(target_os = "linux")]
-    Tap { name: String, mode: Option<Mode>, subnet: Option<Ipv4Range>, engine: vmring::TapEngine },
+    Tap {
+        name: String,
+        mode: Option<vmring::Mode>,
+        subnet: Option<Ipv4Range>,
+        engine: vmring::TapEngine,
+    },
     /// Apple's vmnet, or on other systems the simulated one.
-    Vmnet(Mode),
+    Vmnet(VmnetSpec),
     /// A wire to a VMM, over a socket.
     Wire(WireSpec),
     /// Reads the packets of a file.
@@ -101,7 +107,7 @@ impl FromStr for Spec {
                 let wrong = |error: vmring::ConfigError| error.to_string();
                 let mode = parts.next().map(str::parse).transpose().map_err(wrong)?;
                 let subnet = parts.next().map(str::parse).transpose().map_err(wrong)?;
-                if subnet.is_some() && matches!(mode, Some(Mode::Bridged(_))) {
+                if subnet.is_some() && matches!(mode, Some(vmring::Mode::Bridged(_))) {
                     return Err(format!(
                         "'{text}' has a subnet, but the network behind a bridge has its own; leave \
                          it out"
@@ -111,9 +117,9 @@ impl FromStr for Spec {
             }
             "pcap" => named("a file", "run.pcapng").map(|file| Spec::Pcap(file.into())),
             "capture" => named("a file", "run.pcapng").map(|file| Spec::Capture(file.into())),
-            VMNET => match rest.map(str::parse) {
-                None => Ok(Spec::Vmnet(Mode::default())),
-                Some(mode) => mode.map(Spec::Vmnet).map_err(|e| e.to_string()),
+            VMNET => match rest.map(VmnetSpec::parse) {
+                None => Ok(Spec::Vmnet(VmnetSpec::default())),
+                Some(spec) => spec.map(Spec::Vmnet),
             },
             _ if WireKind::of(kind).is_some() => text.parse().map(Spec::Wire),
             _ if kind == "vmnet" => {
@@ -135,7 +141,7 @@ impl fmt::Display for Spec {
             Spec::Embedded { network, .. } => write!(f, "embedded:{network}"),
             #[cfg(target_os = "linux")]
             Spec::Tap { name, .. } => write!(f, "tap:{name}"),
-            Spec::Vmnet(mode) => write!(f, "{VMNET}:{mode}"),
+            Spec::Vmnet(vmnet) => vmnet.fmt(f),
             Spec::Wire(wire) => wire.fmt(f),
             Spec::Pcap(file) => write!(f, "pcap:{}", file.display()),
             Spec::Capture(file) => write!(f, "capture:{}", file.display()),
@@ -159,9 +165,10 @@ pub(crate) fn check(a: &Spec, b: &Spec) -> Result<(), Failure> {
         (Spec::Tap { name: one, .. }, Spec::Tap { name: other, .. }) if one == other => {
             format!("both ends are the TAP '{one}'; name two")
         }
-        (Spec::Vmnet(one), Spec::Vmnet(other)) if one == other => format!(
-            "both ends are on vmnet's {one} network, and every packet would go round for ever; name \
-             two modes, like {VMNET}:host {VMNET}:shared"
+        (Spec::Vmnet(one), Spec::Vmnet(other)) if one.is_same(other) => format!(
+            "both ends are on vmnet's {} network, and every packet would go round for ever; name \
+             two modes, like {VMNET}:host {VMNET}:shared",
+            one.mode
         ),
         (Spec::Wire(one), Spec::Wire(other)) if one.path == other.path => {
             format!("both ends are the socket '{}'; name two", one.path.display())
@@ -273,7 +280,9 @@ impl Spec {
         match self {
             Spec::Embedded { .. } => true,
             #[cfg(target_os = "linux")]
-            Spec::Tap { mode, .. } => matches!(mode, Some(Mode::Host | Mode::Shared)),
+            Spec::Tap { mode, .. } => {
+                matches!(mode, Some(vmring::Mode::Host | vmring::Mode::Shared))
+            }
             Spec::Vmnet(_) | Spec::Wire(_) | Spec::Pcap(_) | Spec::Capture(_) => false,
         }
     }
@@ -320,9 +329,12 @@ impl Spec {
                 let interface = started(builder.device(driver))?;
                 Ok(End::of(&name, interface))
             }
-            Spec::Vmnet(mode) => {
-                let builder = builder().mode(mode.clone());
-                let interface = started(builder.device(Vmnet::new()))?;
+            Spec::Vmnet(vmnet) => {
+                // The interface keeps the network while it runs.
+                let network = vmnet.create(mtu).map_err(|error| self.failure(error))?;
+                let builder = Interface::builder().offloads(offloads);
+                let (builder, driver) = vmnet.place(network.as_ref(), mtu, builder);
+                let interface = started(builder.device(driver))?;
                 Ok(End::of(&name, interface))
             }
             Spec::Wire(wire) => {

@@ -30,6 +30,7 @@ use crate::demo::guest::{Command, Guest, Lease, Report};
 use crate::demo::nic::NetworkCard;
 use crate::device::{QUEUE, VMNET};
 use crate::stream::Stream;
+use crate::vmnet::VmnetSpec;
 
 /// No step takes a hundredth of this.
 const LONG: Duration = Duration::from_secs(60);
@@ -871,7 +872,7 @@ fn ends_are_written_as_a_kind_and_a_name() {
     }
     assert_eq!(spec("embedded:lab,10.0.0.1/24").to_string(), "embedded:lab");
     assert_eq!(spec(VMNET).to_string(), format!("{VMNET}:shared"));
-    assert_eq!(spec(&format!("{VMNET}:host")), Spec::Vmnet(vmring::Mode::Host));
+    assert_eq!(spec(&format!("{VMNET}:host")), Spec::Vmnet(VmnetSpec::of(vmring::Mode::Host)));
     for (text, said) in [
         ("abacus:x", "there is no end 'abacus:x'; use embedded:NETWORK"),
         ("", "there is no end ''"),

@@ -13,6 +13,7 @@ use crate::bridge::spec::Spec;
 use crate::device::VMNET;
 use crate::serve::spec::{ListenSpec, NetworkSettings, NetworkSpec};
 use crate::serve::teller::NetworkFacts;
+use crate::vmnet::VmnetSpec;
 
 use super::limits::{BRIDGED_MODE, HOST_MODE, SHARED_MODE};
 use super::options::uuid_text;
@@ -129,7 +130,7 @@ impl Wanted {
                     without_dhcp: self.without_dhcp,
                     ..settings
                 };
-                Spec::Vmnet(mode)
+                Spec::Vmnet(VmnetSpec::of(mode))
             }
             (Place::Embedded, Mode::Bridged(name)) => {
                 return Err(format!(
@@ -256,7 +257,8 @@ mod tests {
         let (args, _, left_out) = given(prefix.clone(), Place::Vmnet).unwrap();
         assert_eq!((left_out.len(), args.settings.nat66_prefix), (0, prefix.nat66_prefix));
         let (args, ..) = given(bridged, Place::Vmnet).unwrap();
-        assert_eq!(args.network, Some(NetworkSpec(Spec::Vmnet(Mode::Bridged("en0".into())))));
+        let bridged = VmnetSpec::of(Mode::Bridged("en0".into()));
+        assert_eq!(args.network, Some(NetworkSpec(Spec::Vmnet(bridged))));
         assert!(given(no_dhcp, Place::Vmnet).unwrap().0.settings.without_dhcp);
     }
 

@@ -182,14 +182,15 @@ impl Network {
         #[cfg(not(target_os = "linux"))]
         let outer = spec.0.clone();
         let settings = NetworkArgs { dhcp: &args.dhcp, nat: &args.nat };
+        let object = match &outer {
+            Spec::Vmnet(vmnet) => args.settings.create(vmnet, args.mtu).map_err(failed)?,
+            _ => None,
+        };
         let outer = start_with_most(wanted, |offloads| match &outer {
-            Spec::Vmnet(mode) => {
+            Spec::Vmnet(vmnet) => {
                 let builder = Interface::builder().offloads(offloads);
-                let builder = match args.mtu {
-                    Some(mtu) => builder.mtu(mtu),
-                    None => builder,
-                };
-                let interface = args.settings.vmnet(mode, builder).map_err(failed)?;
+                let place = vmnet.place(object.as_ref(), args.mtu, builder);
+                let interface = args.settings.vmnet(place).map_err(failed)?;
                 Ok(End::of(&name, interface))
             }
             outer => outer.start(offloads, args.mtu, settings),

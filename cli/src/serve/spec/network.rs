@@ -9,6 +9,7 @@ use vmring::{Error, Interface, InterfaceBuilder, Ipv4Range, MacAddr6, Mode, Vmne
 
 use crate::bridge::spec::Spec;
 use crate::device::VMNET;
+use crate::vmnet::VmnetSpec;
 
 /// What the command line of another helper says of the network, and that of `vmring serve` does not.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -30,21 +31,40 @@ pub(crate) struct NetworkSettings {
 }
 
 impl NetworkSettings {
-    /// Gives an interface of vmnet these settings.
-    pub(crate) fn vmnet(&self, mode: &Mode, builder: InterfaceBuilder) -> Result<Interface, Error> {
-        if self.without_dhcp {
-            let network = VmnetNetwork::builder(mode.clone()).without(Service::Dhcp);
-            let network = match self.ipv4 {
-                Some(range) => network.ipv4(range.start, range.mask),
-                None => network,
-            };
-            let network = match self.nat66_prefix {
-                Some(prefix) => network.ipv6(prefix, 64),
-                None => network,
-            };
-            return builder.network(&network.create()?).isolated(self.isolated).start();
+    /// Creates the network object that the command line asks for, if it does.
+    pub(crate) fn create(
+        &self,
+        spec: &VmnetSpec,
+        mtu: Option<u32>,
+    ) -> Result<Option<VmnetNetwork>, Error> {
+        if !self.without_dhcp {
+            return spec.create(mtu);
         }
-        let builder = builder.mode(mode.clone()).isolated(self.isolated);
+        let network = VmnetNetwork::builder(spec.mode.clone()).without(Service::Dhcp);
+        let network = match self.ipv4 {
+            Some(range) => network.ipv4(range.start, range.mask),
+            None => network,
+        };
+        let network = match mtu {
+            Some(mtu) => network.mtu(mtu),
+            None => network,
+        };
+        let network = match self.nat66_prefix {
+            Some(prefix) => network.ipv6(prefix, 64),
+            None => network,
+        };
+        network.create().map(Some)
+    }
+
+    /// Starts an interface of vmnet with these settings. Those of a network object are the object's.
+    pub(crate) fn vmnet(
+        &self,
+        (builder, vmnet): (InterfaceBuilder, Vmnet),
+    ) -> Result<Interface, Error> {
+        let builder = builder.isolated(self.isolated);
+        if self.without_dhcp {
+            return builder.device(vmnet).start();
+        }
         let builder = match self.ipv4 {
             Some(range) => builder.ipv4(range),
             None => builder,
@@ -54,8 +74,8 @@ impl NetworkSettings {
             None => builder,
         };
         let vmnet = match self.nat66_prefix {
-            Some(prefix) => Vmnet::new().nat66_prefix(prefix),
-            None => Vmnet::new(),
+            Some(prefix) => vmnet.nat66_prefix(prefix),
+            None => vmnet,
         };
         let vmnet = match self.identifier {
             Some(identifier) => {

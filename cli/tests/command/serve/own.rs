@@ -62,6 +62,35 @@ fn each_client_has_an_interface_of_its_own() {
     assert!(capture.metadata().expect("it was written").len() > 60 * 1514, "it is recorded");
 }
 
+/// Goal: a network object of macOS 26 has the subnet that was asked for and no service that was turned off,
+/// for all guests together and for interfaces of their own.
+#[test]
+fn a_network_of_its_own_is_as_it_was_asked_for() {
+    let folder = scratch("own network");
+    let path = folder.join("a.sock");
+    let network = "vmnet-sim:host,subnet=192.168.77.1/24";
+    for per_client in [&[][..], &["--per-client"]] {
+        let listen = listen(&path);
+        let arguments = [&["--network", network, "--listen", &listen][..], per_client].concat();
+        let server = Server::on(&arguments);
+        let mut guest = Guest::new(&path, mac(1));
+        guest.post(64);
+        let lease = guest.lease();
+        assert_eq!(lease[..3], [192, 168, 77], "{lease:?}");
+        drop(guest);
+        let report = server.report("TERM");
+        assert_eq!(report["network"]["name"], "vmnet-sim:host,network", "{report:#}");
+    }
+    for (network, said) in [
+        ("vmnet-sim:bridged:en0,network", "is somebody else's"),
+        ("vmnet-sim:shared,frob=1", "there is no option 'frob=1'"),
+        ("vmnet-sim:shared,subnet=192.168.77.0/24", "is the subnet's own address"),
+    ] {
+        let message = refused(&["serve", "--network", network, "--listen", &listen(&path)]);
+        assert!(message.contains(said), "{network}: {message}");
+    }
+}
+
 #[test]
 fn what_needs_a_switch_is_refused_to_a_guest_with_its_own_interface() {
     let path = scratch("own refused").join("a.sock");
