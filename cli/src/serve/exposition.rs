@@ -22,6 +22,16 @@ pub(super) struct SocketFigures {
     pub(super) connections: u64,
     /// Of all its guests, those that have gone too.
     pub(super) counts: Counts,
+    /// The guests that are connected.
+    pub(super) guests: Vec<GuestFigures>,
+}
+
+pub(super) struct GuestFigures {
+    /// The place of the guest at its socket. The next guest there gets it when this one has gone. So there
+    /// are at most as many series as guests at once.
+    pub(super) slot: usize,
+    pub(super) guest: u64,
+    pub(super) counts: Counts,
 }
 
 impl Figures {
@@ -63,6 +73,7 @@ impl Figures {
                 }
             }
         }
+        self.guests(&mut text);
         if let Some(ways) = self.uplink {
             for (name, help, of) in [
                 ("vmring_uplink_packets_total", "Packets of the uplink.", 0),
@@ -82,6 +93,39 @@ impl Figures {
             }
         }
         text.0
+    }
+
+    /// The series of each guest that is connected, by its slot.
+    fn guests(&self, text: &mut Text) {
+        let guests = self.sockets.iter().flat_map(|socket| {
+            socket.guests.iter().map(|guest| (&*socket.name, guest.slot.to_string(), guest))
+        });
+        let guests: Vec<_> = guests.collect();
+        text.family("vmring_guest", "gauge", "The number of the guest in a slot of a socket.");
+        for (socket, slot, guest) in &guests {
+            text.sample("vmring_guest", &[("socket", socket), ("slot", slot)], guest.guest);
+        }
+        for (name, help, of) in [
+            ("vmring_guest_packets_total", "Packets of the guest in a slot.", 0),
+            ("vmring_guest_bytes_total", "Bytes of the guest in a slot.", 1),
+        ] {
+            text.family(name, "counter", help);
+            for (socket, slot, guest) in &guests {
+                let moved = guest.counts.moved();
+                for (way, (packets, bytes)) in [("to guest", moved.to), ("from guest", moved.from)]
+                {
+                    let labels = [("socket", *socket), ("slot", slot), ("way", way)];
+                    text.sample(name, &labels, [packets, bytes][of]);
+                }
+            }
+        }
+        let name = "vmring_guest_drops_total";
+        text.family(name, "counter", "Packets to and from the guest in a slot that were dropped.");
+        for (socket, slot, guest) in &guests {
+            for (why, n) in guest.counts.drops() {
+                text.sample(name, &[("socket", socket), ("slot", slot), ("reason", why)], n);
+            }
+        }
     }
 }
 
@@ -124,7 +168,9 @@ mod tests {
             port: BTreeMap::new(),
         };
         let name = "vhost-user:/a\"b\\c\nd".to_owned();
-        let sockets = vec![SocketFigures { name, connected: 1, connections: 7, counts }];
+        let of_guest = Counts { drops: [("spoofed", 1)].into(), ..counts.clone() };
+        let guests = vec![GuestFigures { slot: 3, guest: 6, counts: of_guest }];
+        let sockets = vec![SocketFigures { name, connected: 1, connections: 7, counts, guests }];
         let figures = Figures {
             network: "tap:t0".to_owned(),
             seconds: 1.5,
@@ -141,6 +187,10 @@ mod tests {
             format!("vmring_connections_total{{{socket}}} 7"),
             format!("vmring_device_total{{{socket},counter=\"rx_packets\"}} 3"),
             format!("vmring_port_drops_total{{{socket},reason=\"spoofed\"}} 2"),
+            format!("vmring_guest{{{socket},slot=\"3\"}} 6"),
+            format!("vmring_guest_packets_total{{{socket},slot=\"3\",way=\"to guest\"}} 3"),
+            format!("vmring_guest_bytes_total{{{socket},slot=\"3\",way=\"from guest\"}} 0"),
+            format!("vmring_guest_drops_total{{{socket},slot=\"3\",reason=\"spoofed\"}} 1"),
             "vmring_uplink_bytes_total{network=\"tap:t0\",way=\"from guests\"} 120".to_owned(),
         ] {
             assert!(text.lines().any(|own| own == line), "no {line} in:\n{text}");

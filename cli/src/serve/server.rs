@@ -15,7 +15,7 @@ use vmring::Socket;
 
 use super::connection::{Connection, Ended, Guest, Stats};
 use super::counts::Counts;
-use super::exposition::{Figures, SocketFigures};
+use super::exposition::{Figures, GuestFigures, SocketFigures};
 use super::limits::{END_TIMEOUT, LAST_ENDS, REQUESTS, TICK};
 use super::links::Links;
 use super::listen::{Incoming, Listening};
@@ -587,12 +587,26 @@ impl Server {
         Rows { guests: guests.collect(), gone }
     }
 
+    /// What each guest of a socket that is connected has counted, by its place there.
+    fn guest_figures(&self, entrance: usize) -> Vec<GuestFigures> {
+        let guests = self.running.iter().filter(|one| one.key.0 == entrance);
+        let guests = guests.map(|one| GuestFigures {
+            slot: one.place,
+            guest: one.key.1,
+            counts: one.guest.counts(),
+        });
+        let mut guests: Vec<_> = guests.collect();
+        guests.sort_unstable_by_key(|one| one.slot);
+        guests
+    }
+
     fn figures(&self) -> Figures {
         let sockets = self.entrances.iter().enumerate().map(|(i, entrance)| SocketFigures {
             name: entrance.spec.to_string(),
             connected: entrance.connected,
             connections: entrance.connections,
             counts: self.counts_of(i),
+            guests: self.guest_figures(i),
         });
         Figures {
             network: self.network.name().to_owned(),

@@ -364,6 +364,42 @@ fn counters_are_shown_to_a_monitoring_system() {
     assert!(!path.exists() && !is_socket(&a));
 }
 
+/// Goal: each guest of a socket has counters of its own, and guests that come and go make no more series
+/// than there are guests at once.
+#[test]
+fn each_guest_has_counters_by_its_slot() {
+    let folder = scratch("serve metrics slots");
+    let [path, metrics] = ["a.sock", "metrics"].map(|name| folder.join(name));
+    let (streams, place) = (wires::at("qemu", &path), format!("unix:{}", metrics.display()));
+    let server = Server::new(&["--listen", &streams, "--metrics", &place]);
+    let scrape = || scraped(UnixStream::connect(&metrics).expect("it listens"));
+    let of = |name: &str, slot: u64, rest: &str| {
+        format!("{name}{{socket=\"{streams}\",slot=\"{slot}\"{rest}}}")
+    };
+    let mut one = wires::Wire::stream(&path, mac(1));
+    for round in 0..5 {
+        let mut other = wires::Wire::stream(&path, mac(2));
+        wires::exchange(&mut one, &mut other, 0..10);
+        let answer = scrape();
+        assert_eq!(sample(&answer, &of("vmring_guest", 0, "")), 1.0);
+        assert_eq!(sample(&answer, &of("vmring_guest", 1, "")), f64::from(round) + 2.0);
+        let sent = |slot| {
+            let name = of("vmring_guest_packets_total", slot, ",way=\"from guest\"");
+            sample(&answer, &name)
+        };
+        assert!(sent(0) >= 10.0 * (f64::from(round) + 1.0), "{answer}");
+        assert!((10.0..sent(0) + 100.0).contains(&sent(1)), "{answer}");
+        assert_eq!(answer.lines().filter(|line| line.starts_with("vmring_guest{")).count(), 2);
+        drop(other);
+        let start = Instant::now();
+        while scrape().contains("slot=\"1\"") {
+            assert!(start.elapsed() < LIMIT, "the guest has gone");
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+    server.report("TERM");
+}
+
 /// The user that the tests let a server become.
 #[cfg(target_os = "linux")]
 const SOMEBODY: u32 = 65_534;
