@@ -557,6 +557,12 @@ macro_rules! on_every_device {
 
             #[cfg(target_os = "linux")]
             #[test]
+            fn socket_of_sequenced_packets_with_headers() {
+                guarded(|| on_socket(Wire::SeqpacketWithHeaders, &$kind));
+            }
+
+            #[cfg(target_os = "linux")]
+            #[test]
             fn tap_by_io_uring() {
                 on_tap(vmring::TapEngine::IoUring, $kind);
             }

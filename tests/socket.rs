@@ -1087,7 +1087,7 @@ fn a_virtio_header_is_checked_and_goes_through() {
         };
         let mut asked = Offloads::default();
         asked.checksum = true;
-        for wire in [Wire::StreamWithHeaders, Wire::DatagramWithHeaders] {
+        for &wire in Wire::WITH_HEADERS {
             stage(format!("{wire:?}"));
             let [ours, peer] = wire.sockets();
             let builder = Interface::builder().offloads(asked);
@@ -1222,9 +1222,7 @@ fn large_packets_go_through() {
             let [one, other] = wire.pair().map(|socket| {
                 let builder = Interface::builder();
                 let builder = match wire {
-                    Wire::StreamWithHeaders | Wire::DatagramWithHeaders => {
-                        builder.offloads(Offloads::ALL)
-                    }
+                    wire if Wire::WITH_HEADERS.contains(&wire) => builder.offloads(Offloads::ALL),
                     _ => builder.mtu(65_535),
                 };
                 builder.device(socket).start().expect("a wire")

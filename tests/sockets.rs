@@ -98,6 +98,8 @@ pub(crate) enum Wire {
     Datagram,
     DatagramWithHeaders,
     #[cfg(target_os = "linux")]
+    SeqpacketWithHeaders,
+    #[cfg(target_os = "linux")]
     Seqpacket,
 }
 
@@ -108,7 +110,17 @@ impl Wire {
         Wire::Datagram,
         Wire::DatagramWithHeaders,
         #[cfg(target_os = "linux")]
+        Wire::SeqpacketWithHeaders,
+        #[cfg(target_os = "linux")]
         Wire::Seqpacket,
+    ];
+
+    /// Those whose frames have a virtio header in front.
+    pub(crate) const WITH_HEADERS: &[Wire] = &[
+        Wire::StreamWithHeaders,
+        Wire::DatagramWithHeaders,
+        #[cfg(target_os = "linux")]
+        Wire::SeqpacketWithHeaders,
     ];
 
     /// A driver of this kind that has no socket yet.
@@ -118,6 +130,8 @@ impl Wire {
             Wire::StreamWithHeaders => Socket::stream().virtio_header(true),
             Wire::Datagram => Socket::datagram(),
             Wire::DatagramWithHeaders => Socket::datagram().virtio_header(true),
+            #[cfg(target_os = "linux")]
+            Wire::SeqpacketWithHeaders => Socket::seqpacket().virtio_header(true),
             #[cfg(target_os = "linux")]
             Wire::Seqpacket => Socket::seqpacket(),
         }
@@ -135,7 +149,7 @@ impl Wire {
                 [one.into(), other.into()]
             }
             #[cfg(target_os = "linux")]
-            Wire::Seqpacket => seqpacket_pair(),
+            Wire::Seqpacket | Wire::SeqpacketWithHeaders => seqpacket_pair(),
         }
     }
 

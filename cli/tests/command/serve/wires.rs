@@ -51,6 +51,17 @@ impl Wire {
         Self::of(socket, mac)
     }
 
+    /// User-mode Linux: sequenced packets, which are sent and received as datagrams are.
+    #[cfg(target_os = "linux")]
+    pub(super) fn bess(path: &Path, mac: [u8; 6]) -> Self {
+        use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
+        let kind = (AddressFamily::Unix, SockType::SeqPacket, SockFlag::SOCK_CLOEXEC);
+        let socket = socket(kind.0, kind.1, kind.2, None).expect("a socket");
+        let address = UnixAddr::new(path).expect("an address");
+        connect(socket.as_raw_fd(), &address).expect("the server's socket");
+        Self::of(UnixDatagram::from(socket), mac)
+    }
+
     pub(super) fn of(socket: UnixDatagram, mac: [u8; 6]) -> Self {
         socket.set_read_timeout(Some(LIMIT)).expect("a timeout");
         socket.set_write_timeout(Some(LIMIT)).expect("a timeout");
@@ -418,25 +429,34 @@ fn datagram(from: [u8; 6], to: [u8; 6]) -> (Vec<u8>, [u8; 2]) {
 fn frames_with_virtio_headers_go_through() {
     let folder = scratch("wires headers");
     let [a, b, own] = ["a", "b", "own"].map(|name| folder.join(name));
-    let [with, plain] = [at("krunkit", &a) + ",vnet_hdr", at("qemu", &b)];
-    let server = Server::new(&["--listen", &with, "--listen", &plain]);
-    let mut with = Wire::vfkit(&a, &own, mac(1)).with_header();
-    let mut plain = Wire::stream(&b, mac(2));
-    exchange(&mut with, &mut plain, 0..20);
-    // A frame whose checksum the guest has left out is completed for the one without a header.
-    let (mut frame, complete) = datagram(with.mac, plain.mac);
-    let mut header = [0; 12];
-    (header[0], header[6], header[8]) = (1, 34, 6);
-    let End::Datagram(socket) = &with.socket else { panic!("it is of datagrams") };
-    socket.send(&[&header[..], &frame].concat()).expect("it is taken");
-    frame[40..42].copy_from_slice(&complete);
-    assert!((0..100).any(|_| plain.next(LIMIT).expect("a frame arrives") == frame));
-    // One whose header is no such header is counted.
-    header[1] = 99;
-    socket.send(&[&header[..], &frame].concat()).expect("it is taken");
-    exchange(&mut with, &mut plain, 0..1);
-    let report = server.report("TERM");
-    assert_eq!(counted(&report, 0, "tx_bad_header"), 1, "{report:#}");
+    let plain_listen = at("qemu", &b);
+    let krunkit: fn(&Path, &Path) -> Wire = |path, own| Wire::vfkit(path, own, mac(1));
+    let kinds = [
+        ("krunkit", krunkit),
+        #[cfg(target_os = "linux")]
+        ("bess", |path, _| Wire::bess(path, mac(1))),
+    ];
+    for (kind, guest) in kinds {
+        let listen = at(kind, &a) + ",vnet_hdr";
+        let server = Server::new(&["--listen", &listen, "--listen", &plain_listen]);
+        let mut with = guest(&a, &own).with_header();
+        let mut plain = Wire::stream(&b, mac(2));
+        exchange(&mut with, &mut plain, 0..20);
+        // A frame whose checksum the guest has left out is completed for the one without a header.
+        let (mut frame, complete) = datagram(with.mac, plain.mac);
+        let mut header = [0; 12];
+        (header[0], header[6], header[8]) = (1, 34, 6);
+        let End::Datagram(socket) = &with.socket else { panic!("it is of datagrams") };
+        socket.send(&[&header[..], &frame].concat()).expect("it is taken");
+        frame[40..42].copy_from_slice(&complete);
+        assert!((0..100).any(|_| plain.next(LIMIT).expect("a frame arrives") == frame), "{kind}");
+        // One whose header is no such header is counted.
+        header[1] = 99;
+        socket.send(&[&header[..], &frame].concat()).expect("it is taken");
+        exchange(&mut with, &mut plain, 0..1);
+        let report = server.report("TERM");
+        assert_eq!(counted(&report, 0, "tx_bad_header"), 1, "{report:#}");
+    }
 }
 
 /// Goal: a guest that does not read loses its own packets, and holds up nobody, also at the end.
