@@ -450,3 +450,21 @@ impl Drop for Handle {
         lock(&self.link.state).readers -= usize::from(self.reads);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Goal: a full buffer is no error, whichever way a system says so: macOS and the BSDs say `ENOBUFS`.
+    #[test]
+    fn a_system_that_is_busy_is_asked_again() {
+        let says = |errno| is_busy(&io::Error::from_raw_os_error(errno));
+        for errno in [libc::EAGAIN, libc::EWOULDBLOCK, libc::ENOBUFS, libc::ENOMEM, libc::EINTR] {
+            assert!(says(errno), "{errno}");
+        }
+        for errno in [libc::EPIPE, libc::ECONNRESET, libc::EMSGSIZE, libc::EBADF, libc::ENOTCONN] {
+            assert!(!says(errno), "{errno}");
+        }
+        assert!(!is_busy(&io::Error::other("no number")));
+    }
+}
