@@ -3,10 +3,12 @@
 
 use std::fs;
 use std::io::{Read, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixDatagram, UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
@@ -18,7 +20,7 @@ use vmring::{
 };
 
 use crate::guest_memory::Guest;
-use crate::sockets::{Folder, Wire, count, exists, framed, read_framed, write_framed};
+use crate::sockets::{Folder, Wire, count, echo_until, exists, framed, read_framed, write_framed};
 use crate::support::{
     LONG, Way, eventually, every_way, guarded, inline, packet, post, reap, reap_n, scaled, send,
     stage,
@@ -483,38 +485,130 @@ fn no_frame_is_torn_by_a_cancel_a_drain_or_a_close() {
     });
 }
 
-/// Goal: a listener that is connected to again and again stays as it is, and serves who comes then. Every
-/// connection that breaks the rules is closed, so none is left.
+/// Goal: a listener that peers connect to as fast as they can, four at once, stays as it is, and serves who
+/// comes then. Every connection that breaks the rules is closed, so none is left. Meanwhile another wire of
+/// the same poller answers each packet of its peer.
 #[test]
 fn ten_thousand_connections_leave_nothing() {
+    const THREADS: u64 = 4;
     guarded(|| {
         let folder = Folder::new();
         let path = folder.path("wire");
+        let poller = Poller::start().expect("a poller");
+        let shared = |interface: &Interface| {
+            let ring = interface.ring(Direction::Both).drive(Drive::Shared(&poller));
+            ring.build().expect("a ring")
+        };
         let interface = start(Socket::stream().listen(&path));
-        let mut ring = both(&interface);
+        let mut ring = shared(&interface);
         post(&mut ring, 1);
-        let connections = scaled(10_000);
-        let mut kept = Vec::new();
-        for number in 0..connections {
-            // `connect` waits while the backlog is full.
-            let mut peer = UnixStream::connect(&path).expect("it listens");
-            if number % 100 == 0 {
-                peer.write_all(&[0xff; 4]).expect("it is taken");
-                kept.push(peer);
+        let (ours, mut good) = UnixStream::pair().expect("a pair of sockets");
+        good.set_read_timeout(Some(LONG)).expect("a time limit");
+        good.set_write_timeout(Some(LONG)).expect("a time limit");
+        let calm = start(Socket::stream().from_fd(ours.into()));
+        let mut calm_ring = shared(&calm);
+        let done = Arc::new(AtomicBool::new(false));
+        let echo = thread::spawn({
+            let done = done.clone();
+            move || echo_until(&mut calm_ring, |_| done.load(Ordering::Relaxed))
+        });
+        let each = scaled(10_000 / THREADS);
+        let storm = move |path: PathBuf| {
+            let mut kept = Vec::new();
+            for number in 0..each {
+                // `connect` waits while the backlog is full.
+                let mut peer = UnixStream::connect(&path).expect("it listens");
+                if number % 100 == 0 {
+                    peer.write_all(&[0xff; 4]).expect("it is taken");
+                    kept.push(peer);
+                }
             }
+            // Those that break the rules are ended.
+            for mut peer in kept {
+                peer.set_read_timeout(Some(LONG)).expect("a time limit");
+                assert_eq!(peer.read(&mut [0; 1]).expect("in time"), 0);
+            }
+        };
+        let threads: Vec<_> = (0..THREADS)
+            .map(|_| {
+                let path = path.clone();
+                thread::spawn(move || storm(path))
+            })
+            .collect();
+        let mut pings = 0;
+        while pings == 0 || threads.iter().any(|thread| !thread.is_finished()) {
+            pings += 1;
+            stage(format!("ping {pings} of the good peer"));
+            let ping = packet(pings, 60);
+            write_framed(&mut good, &ping);
+            let answer = [&ping[6..12], &ping[..6], &ping[12..]].concat();
+            assert_eq!(read_framed(&mut good), Some(answer));
         }
-        stage("the connections that break the rules end");
-        for mut peer in kept {
-            peer.set_read_timeout(Some(LONG)).expect("a time limit");
-            assert_eq!(peer.read(&mut [0; 1]).expect("in time"), 0);
-        }
+        threads.into_iter().for_each(|thread| thread.join().expect("each is let in"));
+        done.store(true, Ordering::Relaxed);
+        echo.join().expect("it ends");
         stage("the next peer is served");
         let mut peer = UnixStream::connect(&path).expect("it listens");
         write_framed(&mut peer, &packet(1, 60));
         assert_eq!(receive(&mut ring), packet(1, 60));
-        assert_eq!(count(&interface, "peers"), connections + 1);
-        assert_eq!(count(&interface, "peers gone"), connections);
+        assert_eq!(count(&interface, "peers"), THREADS * each + 1);
+        assert_eq!(count(&interface, "peers gone"), THREADS * each);
     });
+}
+
+/// Goal: our side of each wire has the buffers that its peers need. Linux says twice what was asked for,
+/// and grants no more than the host's limit to those without the privilege.
+#[test]
+fn each_wire_has_buffers_of_its_size() {
+    const MIB: usize = 1 << 20;
+    let option = |fd: &OwnedFd, name| {
+        let (mut value, mut len) = (0_i32, size_of::<i32>() as libc::socklen_t);
+        let to = (&raw mut value).cast();
+        // SAFETY: the value has `len` bytes, and the system writes at most as many.
+        let got = unsafe { libc::getsockopt(fd.as_raw_fd(), libc::SOL_SOCKET, name, to, &mut len) };
+        assert_eq!(got, 0);
+        value as usize
+    };
+    let limit = |name: &str| {
+        let file = fs::read_to_string(format!("/proc/sys/net/core/{name}"));
+        file.ok().and_then(|text| text.trim().parse().ok()).unwrap_or(usize::MAX)
+    };
+    let expect = |fd: &OwnedFd, what: &str, [send, receive]: [usize; 2]| {
+        for (name, wanted, most) in [
+            (libc::SO_SNDBUF, send, limit("wmem_max")),
+            (libc::SO_RCVBUF, receive, limit("rmem_max")),
+        ] {
+            let got = option(fd, name);
+            let factor = if cfg!(target_os = "linux") { 2 } else { 1 };
+            let possible = [factor * wanted, factor * wanted.min(most)];
+            assert!(possible.contains(&got), "{what}: {got} bytes, and not one of {possible:?}");
+        }
+    };
+    for &wire in Wire::ALL {
+        for large in [false, true] {
+            if large && !Wire::WITH_HEADERS.contains(&wire) {
+                continue;
+            }
+            let [ours, _peer] = wire.sockets();
+            let same = ours.try_clone().expect("a copy");
+            let offloads = if large { Offloads::ALL } else { Offloads::default() };
+            let builder = Interface::builder().offloads(offloads);
+            let started = builder.device(wire.driver().from_fd(ours)).start().expect("it starts");
+            let sizes = match wire {
+                Wire::Stream | Wire::StreamWithHeaders => [MIB, MIB],
+                _ if large => [MIB, 8 * MIB],
+                _ => [MIB, 4 * MIB],
+            };
+            expect(&same, &format!("{wire:?}, large: {large}"), sizes);
+            drop(started);
+        }
+    }
+    let folder = Folder::new();
+    let bound = Listener::bind(SocketKind::Datagram, &folder.path("wire")).expect("a socket");
+    let same = bound.as_fd().try_clone_to_owned().expect("a copy");
+    let started = start(Socket::datagram().bound(bound));
+    expect(&same, "a datagram socket of a path", [MIB, 4 * MIB]);
+    drop(started);
 }
 
 /// Goal: without a peer, reads wait and writes fail at once and are counted.
