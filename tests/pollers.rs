@@ -200,8 +200,9 @@ fn a_busy_ring_does_not_hold_up_its_neighbours_times() {
     });
 }
 
-/// A device whose packets are the bytes that can be read from a socket. It rings no doorbell.
-struct Socket(Arc<UnixStream>, InterfaceInfo);
+/// A device whose packets are the bytes that can be read from a socket. It rings no doorbell, and counts
+/// how often it is looked at.
+struct Socket(Arc<UnixStream>, Arc<AtomicU64>, InterfaceInfo);
 
 impl Device for Socket {
     fn name(&self) -> &str {
@@ -209,7 +210,7 @@ impl Device for Socket {
     }
 
     fn info(&self) -> InterfaceInfo {
-        self.1.clone()
+        self.2.clone()
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -217,14 +218,15 @@ impl Device for Socket {
     }
 
     fn queue(&self, _: QueueConfig, _: DeviceWake) -> Result<Box<dyn Queue>, vmring::Error> {
-        Ok(Box::new(SocketQueue(self.0.clone())))
+        Ok(Box::new(SocketQueue(self.0.clone(), self.1.clone())))
     }
 }
 
-struct SocketQueue(Arc<UnixStream>);
+struct SocketQueue(Arc<UnixStream>, Arc<AtomicU64>);
 
 impl Queue for SocketQueue {
     fn poll(&mut self, cx: &mut PollContext<'_>) -> Result<Progress, Status> {
+        self.1.fetch_add(1, Ordering::Relaxed);
         while cx.reads() > 0 && (&*self.0).read(&mut [0]).is_ok_and(|n| n == 1) {
             let slot = cx.take_read().expect("one is posted");
             cx.complete_read(slot, 60);
@@ -237,13 +239,13 @@ impl Queue for SocketQueue {
     }
 }
 
-struct Start(UnixStream);
+struct Start(UnixStream, Arc<AtomicU64>);
 
 impl Driver for Start {
     fn start(self: Box<Self>, config: &InterfaceConfig) -> Result<Arc<dyn Device>, vmring::Error> {
         let mac = vmring::MacAddr6::new(2, 0, 0, 0, 0, 8);
         let info = InterfaceInfo::new(config, mac, 1500, 1514);
-        Ok(Arc::new(Socket(Arc::new(self.0), info)))
+        Ok(Arc::new(Socket(Arc::new(self.0), self.1, info)))
     }
 }
 
@@ -254,7 +256,7 @@ fn a_packet_that_nobody_can_take_does_not_keep_the_poller_awake() {
     guarded(|| {
         let (mut far, near) = UnixStream::pair().unwrap();
         near.set_nonblocking(true).unwrap();
-        let interface = Interface::builder().device(Start(near)).start().unwrap();
+        let interface = Interface::builder().device(Start(near, Arc::default())).start().unwrap();
         let builder = interface.ring(Direction::Read).idle(vmring::IdlePolicy::PARK);
         let mut ring = builder.drive(Drive::Thread).build().unwrap();
         far.write_all(&[1]).unwrap();
@@ -278,13 +280,72 @@ fn a_busy_ring_does_not_hold_up_its_neighbours_descriptors() {
         let _busy = restless(&poller);
         let (mut far, near) = UnixStream::pair().unwrap();
         near.set_nonblocking(true).unwrap();
-        let calm = Interface::builder().device(Start(near)).start().unwrap();
+        let calm = Interface::builder().device(Start(near, Arc::default())).start().unwrap();
         let mut calm = calm.ring(Direction::Read).drive(drive).build().unwrap();
         for number in 0..20 {
             post(&mut calm, number);
             thread::sleep(Duration::from_millis(1)); // long enough that the ring sleeps
             far.write_all(&[1]).unwrap();
             assert_eq!(reap_n(&mut calm, 1)[0].brief(), (RingOp::Read, number, Ok(60)));
+        }
+    });
+}
+
+/// The limit of open files, which this raises to `wanted` if the system lets it.
+fn open_files(wanted: u64) -> u64 {
+    let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+    // SAFETY: both calls have a pointer to a live value.
+    unsafe {
+        assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit), 0);
+        limit.rlim_cur = limit.rlim_cur.max(wanted).min(limit.rlim_max);
+        libc::setrlimit(libc::RLIMIT_NOFILE, &limit);
+        libc::getrlimit(libc::RLIMIT_NOFILE, &mut limit);
+    }
+    limit.rlim_cur
+}
+
+/// Goal: what a poller looks at for a packet does not depend on the number of descriptors that are idle.
+#[test]
+fn a_wake_up_looks_at_no_descriptor_that_is_idle() {
+    const PACKETS: u64 = 100;
+    guarded(|| {
+        // Each has both ends of its socket, and what its ring needs.
+        let limit = open_files(10_000).saturating_sub(500) / 8;
+        for idle in [10, scaled(1000).min(limit)] {
+            stage(format!("{idle} idle descriptors"));
+            let poller = Poller::builder().idle(vmring::IdlePolicy::PARK).start().unwrap();
+            let looks = Arc::new(AtomicU64::new(0));
+            let ring = |looks: &Arc<AtomicU64>| {
+                let (far, near) = UnixStream::pair().unwrap();
+                near.set_nonblocking(true).unwrap();
+                let interface = Interface::builder().device(Start(near, looks.clone()));
+                let interface = interface.start().unwrap();
+                let ring = interface.ring(Direction::Read).depth(2);
+                let mut ring = ring.drive(Drive::Shared(&poller)).build().unwrap();
+                post(&mut ring, 0);
+                (far, ring)
+            };
+            let others: Vec<_> = (0..idle).map(|_| ring(&looks)).collect();
+            let own = Arc::default();
+            let (mut far, mut busy) = ring(&own);
+            let seen = || looks.load(Ordering::Relaxed);
+            let mut before = 0;
+            eventually("all sleep", || {
+                thread::sleep(Duration::from_millis(50));
+                std::mem::replace(&mut before, seen()) == seen() && before >= idle
+            });
+            for number in 0..PACKETS {
+                far.write_all(&[1]).unwrap();
+                assert_eq!(reap_n(&mut busy, 1)[0].brief(), (RingOp::Read, number, Ok(60)));
+                post(&mut busy, number + 1);
+            }
+            assert!(own.load(Ordering::Relaxed) >= PACKETS);
+            let looked = seen() - before;
+            assert_eq!(looked, 0, "{looked} looks at {idle} idle descriptors");
+            // Each of them wakes the poller all the same.
+            let (mut far, mut last) = others.into_iter().next_back().unwrap();
+            far.write_all(&[1]).unwrap();
+            assert_eq!(reap_n(&mut last, 1)[0].brief(), (RingOp::Read, 0, Ok(60)));
         }
     });
 }
