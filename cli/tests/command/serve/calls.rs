@@ -250,6 +250,29 @@ fn wired(folder: &Path, more: &[&str]) -> Traced {
     traced
 }
 
+/// The wires of the other VMMs: sequenced packets of user-mode Linux, and the stream of libkrun.
+/// Each kind comes, goes and comes again.
+fn wired_others(folder: &Path) -> BTreeSet<String> {
+    let [a, b] = ["a.sock", "b.sock"].map(|name| folder.join(name));
+    let (packets, stream) = (wires::at("bess", &a), wires::at("libkrun", &b));
+    let arguments = ["--network", "embedded:lab", "--listen", &packets, "--listen", &stream];
+    let traced = Traced::new(folder, &arguments);
+    for round in 0..2 {
+        let mut one = wires::Wire::bess(&a, mac(1));
+        let mut two = wires::Wire::stream(&b, mac(2));
+        wires::exchange(&mut one, &mut two, 0..10);
+        // Many at once, for one that does not read.
+        for number in 0..200 {
+            two.send(&packet(mac(2), mac(1), 1514, number));
+        }
+        drop((one, two));
+        for name in [&packets, &stream] {
+            traced.server.until_said(&format!("{name}: guest {} has left", round + 1));
+        }
+    }
+    traced.ended()
+}
+
 /// One wire is an inherited descriptor.
 fn wired_inherited(folder: &Path) -> BTreeSet<String> {
     use std::os::fd::AsRawFd;
@@ -466,6 +489,7 @@ fn the_list_of_system_calls_is_what_a_server_calls() {
         (vec![], end_by_bus(&folder("bus"))),
         (vec![When::Client], client(&folder("client"))),
         (vec![When::Wires], wired(&folder("wires"), &[]).ended()),
+        (vec![When::Wires], wired_others(&folder("wires others"))),
         (vec![When::Wires], wired_inherited(&folder("wires inherited"))),
         (vec![When::Wires, When::Client], wired_client(&folder("wires client"))),
         (vec![When::Terminal], watched(&folder("watched"))),
