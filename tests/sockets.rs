@@ -137,6 +137,16 @@ impl Wire {
         }
     }
 
+    /// Whether a virtio header is in front of each frame.
+    pub(crate) fn has_headers(self) -> bool {
+        match self {
+            Wire::StreamWithHeaders | Wire::DatagramWithHeaders => true,
+            #[cfg(target_os = "linux")]
+            Wire::SeqpacketWithHeaders => true,
+            _ => false,
+        }
+    }
+
     /// Two sockets that are connected to each other.
     pub(crate) fn sockets(self) -> [OwnedFd; 2] {
         match self {
