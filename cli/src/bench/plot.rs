@@ -154,19 +154,19 @@ mod tests {
 
     #[test]
     fn bars_for_a_terminal_are_as_long_as_their_values() {
-        let text = text(&groups());
+        let drawn = text(&groups());
         let blocks = |name: &str| {
-            let line = text.lines().find(|line| line.contains(name)).expect(name);
+            let line = drawn.lines().find(|line| line.contains(name)).expect(name);
             line.matches('█').count()
         };
         let longest = blocks("inline");
         assert_eq!(blocks("bare <loop>"), longest / 2);
         assert_eq!((blocks("next to nothing"), blocks("poller, parked")), (0, longest));
-        assert!(text.contains("next to nothing       0.00  ▏"), "{text}");
-        assert!(text.lines().all(|line| line.chars().count() <= WIDTH), "{text}");
-        let widest = text.lines().map(|line| line.chars().count()).max();
-        assert!(widest.is_some_and(|widest| widest > WIDTH - 4), "the lines are full: {text}");
-        assert_eq!(super::text(&[]), "");
+        assert!(drawn.contains("next to nothing       0.00  ▏"), "{drawn}");
+        assert!(drawn.lines().all(|line| line.chars().count() <= WIDTH), "{drawn}");
+        let widest = drawn.lines().map(|line| line.chars().count()).max();
+        assert!(widest.is_some_and(|widest| widest > WIDTH - 4), "the lines are full: {drawn}");
+        assert_eq!(text(&[]), "");
     }
 
     #[test]
