@@ -264,6 +264,7 @@ impl<T> Tcp<T> {
                     }
                 }
             }
+            run.early = early.count_ones();
             flow.finish(&run, io, memory);
         });
     }

@@ -25,11 +25,13 @@ pub(crate) struct Run<'f> {
     count: usize,
     bytes: u32,
     fin: bool,
+    /// The segments that lie behind a gap, and were not taken.
+    pub(crate) early: u32,
 }
 
 impl<'f> Run<'f> {
     pub(crate) fn new() -> Self {
-        Self { parts: [&[]; BATCH], count: 0, bytes: 0, fin: false }
+        Self { parts: [&[]; BATCH], count: 0, bytes: 0, fin: false, early: 0 }
     }
 
     pub(crate) fn is_empty(&self) -> bool {
@@ -296,7 +298,15 @@ impl<T> Flow<T> {
             self.world_failed(error, io, memory);
         }
         match self.phase {
-            Phase::Open if self.ack_due => self.send_ack(io, memory),
+            Phase::Open if self.ack_due => {
+                // A guest whose segment is lost finds out by an acknowledgment for each segment behind it
+                // (RFC 5681, 3.2 and 4.2). Those of one batch are enough if they are as many as it
+                // waits for.
+                if !run.is_empty() || run.early == 0 {
+                    self.send_ack(io, memory);
+                }
+                self.send_duplicates(run.early.min(DUPLICATE_ACKS), io);
+            }
             Phase::TimeWait if self.ack_due => self.send_ack(io, memory),
             Phase::SynSent | Phase::SynReceived if self.ack_due => self.send_handshake(io, memory),
             _ => {}

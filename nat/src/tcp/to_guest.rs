@@ -230,6 +230,25 @@ impl<T> Flow<T> {
         }
     }
 
+    /// Acknowledges again what was acknowledged last, so many times. The window is the same too, because
+    /// an acknowledgment with another window counts as no duplicate (RFC 5681, 2).
+    pub(crate) fn send_duplicates<S: Sockets<Socket = T>>(
+        &mut self,
+        count: u32,
+        io: &mut Io<'_, S>,
+    ) {
+        let window = self.rcv_edge.since(self.rcv_nxt) >> self.rcv_shift;
+        for _ in 0..count {
+            match self.send_control(io, Flags::ACK, self.snd_nxt, window as u16) {
+                Ok(()) => self.ack_due = false,
+                Err(_) => {
+                    self.refused |= self.ack_due;
+                    break;
+                }
+            }
+        }
+    }
+
     /// Sends a segment that is no news, so that the guest answers with its window (RFC 9293, 3.8.4).
     fn probe<S: Sockets<Socket = T>>(
         &mut self,

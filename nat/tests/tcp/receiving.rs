@@ -45,6 +45,7 @@ fn order_is_made_within_a_batch() {
             & P. 501:601 ack 1 win 512
             peer got 300
             > . 1 ack 301
+            > . 1 ack 301
             nothing
             // Overlaps on both sides.
             < P. 251:401 ack 1 win 512
@@ -57,6 +58,42 @@ fn order_is_made_within_a_batch() {
             peer got 600
             ",
         );
+    });
+}
+
+/// Goal: a guest whose segment is lost hears of it as often as it must, however few batches its segments
+/// come in (RFC 5681, 4.2), and without a change of the window, which would make it no duplicate. A flood
+/// of such segments gets few answers.
+#[test]
+fn a_gap_is_told_by_duplicates() {
+    each_way(|script| {
+        script.open().run(
+            "
+            < P. 101:201 ack 1 win 512
+            > . 1 ack 1
+            nothing
+            // What is in front of the gap is new, and the rest is not.
+            < P. 1:101 ack 1 win 512
+            & P. 201:301 ack 1 win 512
+            & P. 301:401 ack 1 win 512
+            & P. 401:501 ack 1 win 512
+            & P. 501:601 ack 1 win 512
+            peer got 100
+            > . 1 ack 101
+            > . 1 ack 101
+            > . 1 ack 101
+            > . 1 ack 101
+            nothing
+            ",
+        );
+        let windows: Vec<_> = (0..2)
+            .flat_map(|_| {
+                script.run("< P. 301:401 ack 1 win 512\n & P. 401:501 ack 1 win 512");
+                std::iter::from_fn(|| script.next()).map(|got| got.window).collect::<Vec<_>>()
+            })
+            .collect();
+        assert_eq!(windows, [windows[0]; 4]);
+        script.run("< P. 101:601 ack 1 win 512\n peer got 600\n > . 1 ack 601\n nothing");
     });
 }
 
