@@ -5,6 +5,7 @@
 //! without the test harness because the harness has threads that allocate at any time.
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
 use std::net::{Ipv4Addr, UdpSocket};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixDatagram, UnixStream};
@@ -19,7 +20,7 @@ use vmring::device::embedded::nat::{HostPort, NatSettings, Protocol};
 use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, QueueConfig, Wake};
 use vmring::{
     Direction, Drive, Driver, Embedded, Error, IdlePolicy, Interface, InterfaceConfig,
-    InterfaceInfo, Loopback, MacAddr6, Poller, Ring, RingOp, Socket, Status,
+    InterfaceInfo, Loopback, MacAddr6, Poller, RetryPolicy, Ring, RingOp, Socket, Status,
 };
 
 struct Counting;
@@ -28,15 +29,23 @@ static COUNTING: AtomicBool = AtomicBool::new(false);
 /// Allocations, frees and reallocations, counted over all threads.
 static COUNTS: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
 
+thread_local! {
+    /// Whether this thread captures its stack, which allocates.
+    static CAPTURES: Cell<bool> = const { Cell::new(false) };
+}
+
 fn count(what: usize, layout: Layout) {
-    if COUNTING.load(Ordering::Relaxed) && COUNTS[what].fetch_add(1, Ordering::Relaxed) == 0 {
-        // Print the stack of the first call only. Capturing it allocates, but the test has failed
-        // already.
-        COUNTING.store(false, Ordering::Relaxed);
+    if !COUNTING.load(Ordering::Relaxed) || CAPTURES.get() {
+        return;
+    }
+    if COUNTS[what].fetch_add(1, Ordering::Relaxed) == 0 {
+        // Print the stack of the first call only. This takes long, so the next attempt may have begun.
+        CAPTURES.set(true);
         let thread = std::thread::current().name().unwrap_or("?").to_owned();
         let stack = std::backtrace::Backtrace::force_capture();
         eprintln!("{} bytes, thread {thread}:\n{stack}", layout.size());
-        COUNTING.store(true, Ordering::Relaxed);
+        drop((thread, stack));
+        CAPTURES.set(false);
     }
 }
 
@@ -110,7 +119,9 @@ fn nothing_is_allocated(what: &str, packets: u64, mut turn: impl FnMut() -> u64)
 }
 
 fn ring(interface: &Interface, drive: Drive<'_>) -> Ring {
-    interface.ring(Direction::Both).drive(drive).build().expect("a ring")
+    // The thread of the peer may not run for a while.
+    let retry = RetryPolicy { attempts: 1_000_000, delay: Duration::from_micros(50) };
+    interface.ring(Direction::Both).drive(drive).retry(retry).build().expect("a ring")
 }
 
 fn fill(ring: &mut Ring, packet: &[u8]) {
