@@ -186,7 +186,16 @@ impl Table {
         figures: &'static [&'static str],
     ) -> Self {
         let (halves, rows) = (Vec::new(), Vec::new());
-        Self { name, about: about.into(), labels, figures, halves, rows, place: None, failed: false }
+        Self {
+            name,
+            about: about.into(),
+            labels,
+            figures,
+            halves,
+            rows,
+            place: None,
+            failed: false,
+        }
     }
 
     /// The next rows are of this place, in which they had the least and the most of these rounds.
