@@ -131,7 +131,7 @@ impl Drop for Network {
 fn connect(to: SocketAddr, number: u64) -> std::io::Result<()> {
     let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(10))?;
     stream.set_read_timeout(Some(Duration::from_secs(10)))?;
-    let who = if number / SERVERS as u64 % 2 == 0 { b'S' } else { b'C' };
+    let who = if (number / SERVERS as u64).is_multiple_of(2) { b'S' } else { b'C' };
     let mut request = [who; 64];
     request[1..9].copy_from_slice(&number.to_be_bytes());
     stream.write_all(&request)?;
