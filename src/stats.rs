@@ -125,7 +125,7 @@ counters! {
     tx_bytes,
     /// Entries that completed as cancelled.
     cancelled,
-    /// Of the `errors`, entries that were posted when the device failed for good: it has refused none of
+    /// Those among the `errors` that were posted when the device failed for good. It has refused none of
     /// them by itself.
     errors_at_failure,
     /// Entries that the device refused. Writes that count as `exhausted` are not included.

@@ -313,7 +313,7 @@ impl Driver for Embedded {
         network.ipv6 = self.ipv6.settings(&name, has_way_out);
         if has_way_out && network.dns.is_empty() {
             network.dns.push(addresses.gateway);
-            // Whoever names servers over IPv4 wants no other to be asked.
+            // A caller that names servers over IPv4 wants no other to be asked.
             if let Some(ipv6) = &mut network.ipv6 {
                 ipv6.dns.push(ipv6.gateway());
             }

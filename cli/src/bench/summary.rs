@@ -78,7 +78,7 @@ pub(crate) struct OneWaySummary {
 pub(crate) struct RoundTripSummary {
     pub(crate) drive: &'static str,
     pub(crate) waits: &'static str,
-    /// As for one way.
+    /// The same as for one way.
     pub(crate) place: Option<Seen>,
     pub(crate) trips: Option<Trips>,
 }

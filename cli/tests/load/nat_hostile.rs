@@ -111,7 +111,7 @@ fn hostile(gateway: [u8; 6], number: usize) -> Vec<u8> {
             packet(outside, (UDP, 0), datagram(5000, to as u16, 100 + number % 400))
         }
         5 => {
-            // Of a datagram that never becomes whole: first pieces, and pieces of everywhere.
+            // The pieces are of datagrams that never become whole: first pieces, and pieces of everywhere.
             let offset = (number / 10 % 4000) as u16;
             let fragment = if number % 20 < 10 { 0x2000 } else { 0x2000 | offset };
             packet(outside, (UDP, fragment), datagram(5001, 7, 800))

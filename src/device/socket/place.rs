@@ -203,7 +203,7 @@ pub(super) fn bind(kind: SocketKind, path: &Path) -> Result<(OwnedFd, SocketFile
 /// Locks the folder of a path, until the result is dropped. Two processes that start at once must not take
 /// each other's new socket for one that is left over.
 ///
-/// Whoever may read the folder can lock it too, and for ever. So the wait has an end.
+/// A process that may read the folder can lock it too, and for ever. So the wait has an end.
 fn lock_folder(path: &Path) -> Result<File, Error> {
     let failed = |error| Error::io("locking the folder of a socket")(error);
     let folder = match path.parent() {

@@ -88,7 +88,7 @@ const LOCK_AGAIN: Duration = Duration::from_millis(10);
 /// Locks the folder of a path, until the result is dropped. Two servers that start at once must not take
 /// each other's new socket for one that is left over.
 ///
-/// Whoever may read the folder can lock it too, and for ever. So the wait has an end.
+/// A process that may read the folder can lock it too, and for ever. So the wait has an end.
 fn lock_folder(path: &Path) -> io::Result<File> {
     let folder = match path.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,

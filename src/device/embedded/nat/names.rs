@@ -42,7 +42,7 @@ impl GuestNames {
                 None => kept.push((address, told)),
             }
         }
-        // Who has no lease has no name, so that somebody else may have it.
+        // A guest without a lease has no name, so that another may have it.
         for address in before.into_keys() {
             nat.names_mut().free(address.into());
         }
