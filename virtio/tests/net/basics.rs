@@ -1,11 +1,13 @@
 //! Packets between two guests: order, contents, used lengths, and the buffers of real drivers.
 
+use vmring::Interface;
 use vmring::device::Offloads;
-use vmring::{Embedded, Interface};
 use vmring_virtio::net::Features;
 
 use crate::driver::shapes::{self, Shape};
-use crate::net::guest::{Guest, HEADER, Options, PLAIN_TO_SEND, frame, interface, poll_both};
+use crate::net::guest::{
+    Guest, HEADER, Options, PLAIN_TO_SEND, frame, interface, poll_both, quiet_network,
+};
 use crate::support::allocations;
 
 pub(crate) fn shape(name: &str) -> Shape {
@@ -80,7 +82,7 @@ fn a_long_packet_between_guests_is_copied_once() {
     let mut offloads = Offloads::default();
     (offloads.checksum, offloads.tso4) = (true, true);
     let [mut a, mut b] = [0, 1].map(|_| {
-        let network = Embedded::network("virtio-net test long copies");
+        let network = quiet_network("long copies");
         let interface = Interface::builder().offloads(offloads).device(network).start();
         Guest::with(interface.expect("an interface"), &Options::default())
     });

@@ -80,9 +80,15 @@ pub(crate) struct Guest {
     pub(crate) memory: GuestMemory,
 }
 
+/// A network of this test's own, on which nobody but its guests sends. With IPv6 its gateway would send
+/// router advertisements that no guest has asked for.
+pub(crate) fn quiet_network(name: &str) -> Embedded {
+    Embedded::network(format!("virtio-net test {name}")).no_ipv6()
+}
+
 /// An interface on a network of this test's own.
 pub(crate) fn interface(network: &str) -> Interface {
-    let network = Embedded::network(format!("virtio-net test {network}"));
+    let network = quiet_network(network);
     Interface::builder().device(network).start().expect("an interface")
 }
 
@@ -298,7 +304,7 @@ pub(crate) fn of_flow(from: [u8; 6], to: [u8; 6], flow: u16) -> Vec<u8> {
 
 /// An interface on a network of this test's own, with this many queues.
 pub(crate) fn wide_interface(network: &str, queues: usize) -> Interface {
-    let network = Embedded::network(format!("virtio-net test {network}")).queues(queues);
+    let network = quiet_network(network).queues(queues);
     Interface::builder().device(network).start().expect("an interface")
 }
 

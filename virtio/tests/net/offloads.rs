@@ -4,12 +4,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use vmring::config::Offloads;
 use vmring::software::complete_checksum;
-use vmring::{Checksum, Embedded, Gso, Interface, OffloadHeader};
+use vmring::{Checksum, Gso, Interface, OffloadHeader};
 use vmring_virtio::net::{Features, NetSettings, QueueSetup};
 
 use crate::driver::shapes::Shape;
 use crate::net::basics::{one_buffer, shape};
-use crate::net::guest::{Guest, HEADER, Options, driver, layout, poll_both};
+use crate::net::guest::{Guest, HEADER, Options, driver, layout, poll_both, quiet_network};
 use crate::net::wire::{offloading, wire};
 use crate::support::{LONG, guarded};
 
@@ -355,7 +355,7 @@ fn offloads_are_switched_while_packets_arrive() {
 /// others, and the second one does not accept `without`.
 fn on_a_network(name: &str, without: Features, control: bool) -> [Guest; 2] {
     [Features::NONE, without].map(|without| {
-        let embedded = Embedded::network(format!("virtio-net test {name}")).overflow(256);
+        let embedded = quiet_network(name).overflow(256);
         let interface = Interface::builder().device(embedded).offloads(Offloads::ALL).start();
         let mut options = Options { without: without | Features::EVENT_IDX, ..Options::default() };
         options.settings.control_queue = control;
