@@ -283,17 +283,30 @@ fn a_device_that_does_not_return_from_a_call_is_leaked_too() {
     });
 }
 
-/// A device that forgets every write it takes.
-fn forgetful() -> Interface {
-    Script::new(|_, _| {
-        ScriptQueue::new(|io| {
+/// A device that forgets every write it takes, and how many it has forgotten.
+fn forgetful() -> (Interface, Arc<AtomicUsize>) {
+    let forgotten = Arc::<AtomicUsize>::default();
+    let counter = forgotten.clone();
+    let script = Script::new(move |_, _| {
+        let counter = counter.clone();
+        ScriptQueue::new(move |io| {
             while let Some(slot) = io.take_write() {
                 std::mem::forget(slot);
+                counter.fetch_add(1, Ordering::Relaxed);
             }
             Ok(Progress::Idle)
         })
-    })
-    .start()
+    });
+    (script.start(), forgotten)
+}
+
+/// Sends a packet to a device that forgets it.
+fn send_to_be_forgotten(ring: &mut Ring, forgotten: &AtomicUsize) {
+    send(ring, 1);
+    eventually("the device forgets a packet", || {
+        ring.reap().for_each(drop);
+        forgotten.load(Ordering::Relaxed) == 1
+    });
 }
 
 /// Leaked entries never complete, so `wait` must not wait for them.
@@ -301,16 +314,14 @@ fn forgetful() -> Interface {
 fn wait_does_not_wait_for_what_has_leaked() {
     guarded(|| {
         every_way(|way, poller| {
-            let interface = forgetful();
+            let (interface, forgotten) = forgetful();
             let mut ring = interface
                 .ring(Direction::Write)
                 .close_timeout(Duration::from_millis(30))
                 .drive(way.drive(poller))
                 .build()
                 .unwrap();
-            send(&mut ring, 1);
-            ring.reap().for_each(drop);
-            let _ = ring.wait(1, Some(Duration::from_millis(20)));
+            send_to_be_forgotten(&mut ring, &forgotten);
             let error = ring.close().unwrap_err();
             assert!(matches!(error, Error::Leaked { slots: 1, .. }), "{error}");
             stage(format!("{way:?}: waiting for what has leaked"));
@@ -353,13 +364,11 @@ fn what_has_leaked_is_in_flight_until_the_ring_is_driven_at_its_deadline() {
 fn a_ring_that_has_leaked_is_closed_again_and_dropped_without_waiting() {
     guarded(|| {
         every_way(|way, poller| {
-            let interface = forgetful();
+            let (interface, forgotten) = forgetful();
             let timeout = Duration::from_millis(400);
             let builder = interface.ring(Direction::Write).close_timeout(timeout);
             let mut ring = builder.drive(way.drive(poller)).build().unwrap();
-            send(&mut ring, 1);
-            ring.reap().for_each(drop);
-            let _ = ring.wait(1, Some(Duration::from_millis(20)));
+            send_to_be_forgotten(&mut ring, &forgotten);
             assert!(matches!(ring.close(), Err(Error::Leaked { slots: 1, .. })));
             let start = Instant::now();
             assert!(matches!(ring.close(), Err(Error::Leaked { slots: 1, .. })));
