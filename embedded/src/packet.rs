@@ -191,7 +191,13 @@ impl Packet<'_> {
         }
     }
 
-    /// Copies bytes out, from byte `at` on: as many as both sides have. Returns how many.
+    /// Like [`copy_to`](Self::copy_to), from a byte that a guest has named and that the packet may not have.
+    pub(crate) fn read_at(&self, at: usize, to: &mut [u8]) -> usize {
+        if at <= self.len() { self.copy_to(at, to) } else { 0 }
+    }
+
+    /// Copies bytes out, from byte `at` on, which is not behind the packet's end: as many as both sides have.
+    /// Returns how many.
     #[inline(always)]
     pub fn copy_to(&self, at: usize, to: &mut [u8]) -> usize {
         let len = self.len().saturating_sub(at).min(to.len());

@@ -293,7 +293,7 @@ impl<B> RouterSide<B> {
         }
         let ports_at = head.len() - ip.len() + usize::from(version & 0xf) * 4;
         let mut port = [0; 2];
-        if packet.copy_to(ports_at + 2, &mut port) < port.len() {
+        if packet.read_at(ports_at + 2, &mut port) < port.len() {
             return false;
         }
         let port = (protocol, u16::from_be_bytes(port));
@@ -306,7 +306,7 @@ impl<B> RouterSide<B> {
         let Some(config) = self.gateway.ipv6() else { return false };
         // The first bytes do not show all of the addresses (RFC 8200, 3).
         let mut header = [0; 40];
-        if packet.copy_to(at, &mut header) < header.len() || header[0] >> 4 != 6 {
+        if packet.read_at(at, &mut header) < header.len() || header[0] >> 4 != 6 {
             return false;
         }
         let address = |at: usize| {
@@ -328,7 +328,7 @@ impl<B> RouterSide<B> {
         let (mut protocol, mut at) = (header[6], at + header.len());
         for _ in 0..IPV6_EXTENSION_HEADERS {
             let mut bytes = [0; 4];
-            if packet.copy_to(at, &mut bytes) < bytes.len() {
+            if packet.read_at(at, &mut bytes) < bytes.len() {
                 return false;
             }
             let [next, units, high, low] = bytes;

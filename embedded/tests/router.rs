@@ -496,6 +496,31 @@ fn a_full_port_refuses_and_takes_frames_again() {
     assert_eq!((space(), send()), (0, Err(PortFull)));
 }
 
+/// Goal: a header that says that it is longer than its packet reaches nobody, and ends nobody.
+#[test]
+fn a_header_that_ends_behind_its_packet_is_no_way_out() {
+    let (network, router, gateway) = network_v6();
+    let mut alice = Guest::join(&network, 1);
+    let mac = alice.mac;
+    let frame = |ethertype: EthernetProtocol, packet: &[u8]| {
+        ethernet(eth(gateway), eth(mac), ethertype, packet)
+    };
+    for (protocol, words) in [(IpProtocol::Tcp, 15), (IpProtocol::Udp, 6)] {
+        let mut packet = ipv4(OWN, SHARED, protocol, &[]);
+        packet[0] = 0x40 | words;
+        alice.ask(&frame(EthernetProtocol::Ipv4, &packet));
+    }
+    let config = network.config().ipv6.clone().unwrap();
+    for next in [0, 60] {
+        let mut packet = vec![0x60, 0, 0, 0, 0, 8, next, 64];
+        packet.extend((u128::from(config.gateway()) + 9).to_be_bytes());
+        packet.extend(u128::from(config.gateway()).to_be_bytes());
+        packet.extend([6, 255, 0, 0, 0, 0, 0, 0]);
+        alice.ask(&frame(EthernetProtocol::Ipv6, &packet));
+    }
+    assert_eq!(router.starts.load(Ordering::SeqCst), 0);
+}
+
 /// Goal: nothing for a port that has left reaches the port that has its place, nor the other way round.
 #[test]
 fn a_port_that_takes_a_place_has_nothing_of_the_one_before() {
