@@ -12,7 +12,8 @@ use crate::gateway::Ipv6Config;
 use crate::limits::{
     DEFAULT_INBOX_DEPTH, DEFAULT_LEASE_TIME, DEFAULT_MAC_AGEING, DEFAULT_MTU,
     DEFAULT_OVERFLOW_BYTES, DEFAULT_OVERFLOW_DEPTH_RANGE, INBOX_DEPTH_RANGE, LEASE_SECONDS_RANGE,
-    MAC_AGEING_SECONDS_RANGE, MAX_DNS_SERVERS, MAX_OVERFLOW_DEPTH, MTU_RANGE, VLAN_TAG_LEN,
+    MAC_AGEING_SECONDS_RANGE, MAX_DNS_SERVERS, MAX_OVERFLOW_DEPTH, MTU_RANGE, ROUTER_WORKERS_RANGE,
+    VLAN_TAG_LEN,
 };
 
 /// What the guests of a network can reach.
@@ -149,6 +150,9 @@ pub struct NetworkConfig {
     /// names and values. The network only compares them. With `None`, the gateway answers that there is no
     /// way. A router needs a gateway.
     pub router: Option<Vec<(&'static str, String)>>,
+    /// How many threads drive the router, within [`ROUTER_WORKERS_RANGE`](crate::limits::ROUTER_WORKERS_RANGE).
+    /// Each has frames of its own. The default is 1.
+    pub router_workers: usize,
 }
 
 impl NetworkConfig {
@@ -170,6 +174,7 @@ impl NetworkConfig {
             reservations: Vec::new(),
             lease_file: None,
             router: None,
+            router_workers: 1,
         }
     }
 
@@ -289,6 +294,9 @@ impl NetworkConfig {
             if before.iter().any(|(other, taken)| other == mac || taken == address) {
                 return Err(NetworkConfigError::ReservedTwice { mac: *mac, address: *address });
             }
+        }
+        if !ROUTER_WORKERS_RANGE.contains(&self.router_workers) {
+            return Err(NetworkConfigError::RouterWorkers { workers: self.router_workers });
         }
         if !MTU_RANGE.contains(&self.mtu) {
             return Err(NetworkConfigError::Mtu { mtu: self.mtu });
@@ -436,6 +444,12 @@ pub enum NetworkConfigError {
     LeaseFile {
         /// Why not.
         error: LeaseFileError,
+    },
+    /// The number of the router's workers is outside [`ROUTER_WORKERS_RANGE`].
+    #[error("a router with {workers} workers is not possible; it has from 1 to 8")]
+    RouterWorkers {
+        /// The number asked for.
+        workers: usize,
     },
     /// The MTU is out of range.
     #[error("an MTU of {mtu} is not possible; it must be from 1280 to 65521")]

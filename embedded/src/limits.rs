@@ -87,8 +87,10 @@ pub const DEFAULT_OVERFLOW_DEPTH_RANGE: RangeInclusive<u32> = 16..=256;
 
 // The router.
 
-/// How many frames of one port can wait for the network's router in its buffers, besides those that the
-/// router is at work on.
+/// The values of `router_workers`. A sender has a bit of a byte for each worker.
+pub const ROUTER_WORKERS_RANGE: RangeInclusive<usize> = 1..=8;
+/// How many frames of one port can wait for a worker of the network's router in its buffers, besides those
+/// that the worker is at work on.
 pub const ROUTER_FRAMES: u32 = 256;
 /// How many more frames of one port can wait for it.
 pub const ROUTER_OVERFLOW: u32 = 16;

@@ -669,6 +669,14 @@ impl<B: PacketBuffer> Network<B> {
         self.router.as_ref().map_or(Ok(()), RouterSide::start)
     }
 
+    /// The [worker](crate::router) of the router that has what guests send from a port of theirs. `protocol`
+    /// is the protocol's number, and `port` the guest's port, or its identifier of ICMP echo. What comes in
+    /// for that port from outside is best with the same worker. It is less than
+    /// [`NetworkConfig::router_workers`], and does not change.
+    pub fn router_worker(&self, protocol: u8, port: u16) -> usize {
+        self.router.as_ref().map_or(0, |router| router.worker_of(protocol, port))
+    }
+
     /// Makes a network without ports. It is in no registry.
     ///
     /// # Errors
@@ -700,7 +708,8 @@ impl<B: PacketBuffer> Network<B> {
         let max_untagged_size = max_packet_size - VLAN_TAG_LEN;
         let router = gateway.as_ref().filter(|_| config.router.is_some()).map(|gateway| {
             let (gateway, clock) = (Arc::clone(gateway), Arc::clone(&clock));
-            RouterSide::new(gateway, clock, flow_key, max_untagged_size, max_packet_size)
+            let workers = config.router_workers;
+            RouterSide::new(gateway, clock, flow_key, workers, max_untagged_size, max_packet_size)
         });
         Ok(Arc::new(Self {
             max_packet_size,
@@ -930,7 +939,7 @@ impl<B> Drop for Membership<B> {
             gateway.port_left(self.index as u32);
         }
         if let Some(router) = &network.router {
-            router.port_left(self.index as u32);
+            router.port_left(self.index as u32, self.generation);
         }
         members.macs[self.index] = None;
         members.count -= 1;

@@ -429,8 +429,8 @@ pub struct Sender<B: PacketBuffer> {
     counts: [u64; SEND_COUNTERS],
     /// Whether anything was sent since the last flush.
     unflushed: bool,
-    /// Whether anything was sent to the router since then.
-    routed: bool,
+    /// The workers of the router that anything was sent to since then, a bit for each.
+    routed: u8,
     /// The clock's seconds, which wrap, when the batch began.
     now: u32,
     /// The same time for the limits.
@@ -467,7 +467,7 @@ impl<B: PacketBuffer> Sender<B> {
             touched_queues: vec![Touched::default(); MAX_PORTS].into(),
             counts: [0; SEND_COUNTERS],
             unflushed: false,
-            routed: false,
+            routed: 0,
             now: 0,
             moment: Moment::ZERO,
             limited: false,
@@ -724,10 +724,10 @@ impl<B: PacketBuffer> Sender<B> {
         if Some(to) == network.gateway_mac {
             if let Some((router, outbox)) =
                 network.router.as_ref().zip(self.membership.outbox.as_ref())
-                && router.takes(&frame, self.now)
+                && let Some(worker) = router.takes(&frame, self.now)
             {
-                let delivery = outbox.deliver(frame);
-                return self.sent_to_router(delivery);
+                let delivery = outbox.deliver(worker, frame);
+                return self.sent_to_router(worker, delivery);
             }
             return match self.ask_gateway(frame) {
                 Ok(()) => Sent::Gateway,
@@ -967,18 +967,18 @@ impl<B: PacketBuffer> Sender<B> {
         delivered.is_ok()
     }
 
-    /// Notes what became of a frame for the router.
-    fn sent_to_router(&mut self, delivery: Delivery) -> Sent {
+    /// Notes what became of a frame for a worker of the router.
+    fn sent_to_router(&mut self, worker: usize, delivery: Delivery) -> Sent {
         match delivery {
             Delivery::Direct | Delivery::Overflow => {
-                self.routed = true;
+                self.routed |= 1 << worker;
                 self.count(SendCounter::ToRouter, 1);
                 Sent::Gateway
             }
             Delivery::Dropped(Refused::TooBig) => Sent::Dropped(DropReason::TooBig),
             Delivery::Dropped(_) => {
                 // It is told all the same, because it may not run.
-                self.routed = true;
+                self.routed |= 1 << worker;
                 Sent::Dropped(DropReason::RouterBusy)
             }
         }
@@ -1042,10 +1042,11 @@ impl<B: PacketBuffer> Sender<B> {
                 }
             }
         }
-        if core::mem::take(&mut self.routed)
+        let routed = core::mem::take(&mut self.routed);
+        if routed != 0
             && let Some(router) = &network.router
         {
-            router.ring(self.membership.index);
+            router.ring(self.membership.index, routed);
         }
         for (word, touched) in self.touched.iter_mut().enumerate() {
             let mut ports = core::mem::take(touched);

@@ -21,6 +21,16 @@
 //!
 //! The first frame for another network starts the router, on the thread of its sender.
 //!
+//! # Several workers
+//!
+//! A router can have several ends ([`NetworkConfig::router_workers`](crate::NetworkConfig::router_workers)),
+//! each with a thread of its own, a worker. They share nothing that a packet needs: each port has an
+//! outbox for each worker, and each worker has its own doorbell and its own list of ports. The sender
+//! chooses the worker by a keyed hash of the protocol and of the guest's own port, or of its ICMP
+//! identifier (`router/worker.rs`). So everything that a guest sends from one of its ports comes to one
+//! worker, whomever it goes to, and what comes in for that port is with the same worker
+//! ([`Network::router_worker`](crate::Network::router_worker)). Packets without a port go to the first one.
+//!
 //! Over IPv6, packets from and to link-local addresses stay with the gateway, and so do those to groups.
 //!
 //! # Towards guests
@@ -34,12 +44,15 @@
 //! The number of a port that has left may be another's. The router is told in order which port has left
 //! and which has come ([`RouterEnd::look`]). What it sends to a port that has left reaches nobody.
 
+mod worker;
+
 use core::any::Any;
 use core::fmt;
 use core::net::{Ipv4Addr, Ipv6Addr};
 use core::time::Duration;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
+use crossbeam_utils::CachePadded;
 use macaddr::MacAddr6;
 use smoltcp::wire::{DHCP_SERVER_PORT, EthernetProtocol, IpProtocol};
 use vmring_core::doorbell::{Doorbell, Park};
@@ -52,8 +65,7 @@ use crate::frame;
 use crate::gateway::{DHCPV6_SERVER_PORT, Gateway};
 use crate::inbox::{Collected, Collector, Delivery, Inbox, PortWake, Refused};
 use crate::limits::{
-    IPV6_EXTENSION_HEADERS, LARGE_PACKET, MAX_PORTS, QUEUES_MAX, ROUTER_BATCH, ROUTER_FRAMES,
-    ROUTER_OVERFLOW, VLAN_TAG_LEN,
+    LARGE_PACKET, MAX_PORTS, QUEUES_MAX, ROUTER_BATCH, ROUTER_FRAMES, ROUTER_OVERFLOW, VLAN_TAG_LEN,
 };
 use crate::packet::{Packet, PacketBuffer};
 use crate::policy::{Moment, Way};
@@ -71,15 +83,17 @@ const WORDS: usize = MAX_PORTS / 64;
 /// Takes what guests send to other networks; see the [module](self).
 pub trait Router<B>: Send + Sync {
     /// Starts a thread that drives `end`, because the first frame for another network has come, or because
-    /// [`Network::start_router`](crate::Network::start_router) was called. It is called again if the thread
-    /// has dropped `end`, or if the call has failed; after a failure no earlier than a second later.
+    /// [`Network::start_router`](crate::Network::start_router) was called. It is called for each worker of
+    /// the router ([`RouterEnd::worker`]), and the calls for several may overlap. It is called again if the
+    /// thread has dropped `end`, or if the call has failed; after a failure no earlier than a second later.
     ///
     /// # Errors
     ///
-    /// If there is no such thread. Until the next attempt, the gateway answers that there is no way.
+    /// If there is no such thread. Until the next attempt, the gateway answers what is for this worker that
+    /// there is no way.
     fn start(&self, end: RouterEnd<B>) -> std::io::Result<()>;
 
-    /// Ends the thread, because the network has ended. No other call is under way or follows. It is
+    /// Ends all threads, because the network has ended. No other call is under way or follows. It is
     /// called on the thread that lets go of the network last.
     fn stop(&self);
 
@@ -129,14 +143,19 @@ impl Park for Sleeper {
 /// A buffer of an outbox: an offload header and the bytes of a frame.
 type OutboxBuffer = Box<[u8]>;
 
-/// Where a port's senders put frames for the router.
-pub(crate) struct Outbox(Arc<Inbox<OutboxBuffer>>);
+/// Where a port's senders put frames for the router's workers.
+pub(crate) struct Outbox {
+    first: Arc<Inbox<OutboxBuffer>>,
+    /// Those of the workers after the first.
+    others: Box<[Arc<Inbox<OutboxBuffer>>]>,
+}
 
 impl Outbox {
-    /// Gives a packet to the router.
+    /// Gives a packet to a worker of the router.
     #[inline]
-    pub(crate) fn deliver(&self, packet: Packet<'_>) -> Delivery {
-        self.0.deliver_packet(packet)
+    pub(crate) fn deliver(&self, worker: usize, packet: Packet<'_>) -> Delivery {
+        let other = worker.checked_sub(1).and_then(|other| self.others.get(other));
+        other.unwrap_or(&self.first).deliver_packet(packet)
     }
 }
 
@@ -168,10 +187,11 @@ pub(crate) struct PortEnd<B> {
     has_buffers: bool,
 }
 
-/// What a router is told of ports, in order.
+/// What a worker is told of ports, in order.
 enum Event<B> {
     Joined(PortEnd<B>),
-    Left(u32),
+    /// The number of the port and its generation.
+    Left(u32, u32),
 }
 
 /// No thread drives the router's end.
@@ -179,9 +199,9 @@ const IDLE: u32 = 0;
 /// A thread drives it, or is about to.
 const RUNNING: u32 = 1;
 
-/// What the router and the senders share.
-struct Shared<B> {
-    /// The ports that have put something into their outboxes since the router looked.
+/// What a worker and the senders share.
+struct Lane<B> {
+    /// The ports that have put something into their outboxes since the worker looked.
     pending: [AtomicU64; WORDS],
     /// Whether `events` may have something.
     has_events: AtomicBool,
@@ -190,21 +210,59 @@ struct Shared<B> {
     state: AtomicU32,
     /// The second in which the last attempt to start failed, plus one. 0 is never.
     failed_in: AtomicU32,
-    /// Whether all ports of TCP and UDP at the gateway's address are the router's, but for DHCP.
-    all_of_gateway: AtomicBool,
 }
 
-impl<B> Shared<B> {
+impl<B> Lane<B> {
+    fn new() -> Self {
+        Self {
+            pending: core::array::from_fn(|_| AtomicU64::new(0)),
+            has_events: AtomicBool::new(false),
+            events: Mutex::new(Vec::new()),
+            doorbell: Doorbell::new(Sleeper::default()),
+            state: AtomicU32::new(IDLE),
+            failed_in: AtomicU32::new(0),
+        }
+    }
+
     fn events(&self) -> MutexGuard<'_, Vec<Event<B>>> {
         self.events.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Adds to what the router is told.
+    /// Adds to what the worker is told.
     fn tell(&self, event: Event<B>) {
         self.events().push(event);
         // Release: pairs with the Acquire in `RouterEnd::look`.
         self.has_events.store(true, Ordering::Release);
     }
+
+    /// Whether an attempt to start has failed in this second, and there was none since.
+    fn has_failed(&self, now: u32) -> bool {
+        // Relaxed, both: these decide nothing about memory.
+        self.failed_in.load(Ordering::Relaxed) == now.wrapping_add(1)
+            && self.state.load(Ordering::Relaxed) == IDLE
+    }
+
+    /// Says that a port has left.
+    fn port_left(&self, number: u32, generation: u32) {
+        let mut events = self.events();
+        // A worker that does not know it yet need not know it.
+        let joined = |event: &Event<B>| matches!(event, Event::Joined(end) if end.number == number);
+        if let Some(at) = events.iter().rposition(joined) {
+            events.remove(at);
+            return;
+        }
+        drop(events);
+        self.tell(Event::Left(number, generation));
+        self.doorbell.ring();
+    }
+}
+
+/// What the router and the senders share.
+struct Shared<B> {
+    /// One for each worker, and at least one.
+    lanes: Box<[CachePadded<Lane<B>>]>,
+    /// Whether all ports of TCP and UDP at the gateway's address are the router's, but for DHCP.
+    all_of_gateway: AtomicBool,
 }
 
 /// What a network has of its router.
@@ -230,18 +288,12 @@ impl<B> RouterSide<B> {
         gateway: std::sync::Arc<Gateway>,
         clock: std::sync::Arc<dyn Clock>,
         flow_key: u64,
+        workers: usize,
         max_untagged_size: usize,
         max_packet_size: usize,
     ) -> Self {
-        let shared = Shared {
-            pending: core::array::from_fn(|_| AtomicU64::new(0)),
-            has_events: AtomicBool::new(false),
-            events: Mutex::new(Vec::new()),
-            doorbell: Doorbell::new(Sleeper::default()),
-            state: AtomicU32::new(IDLE),
-            failed_in: AtomicU32::new(0),
-            all_of_gateway: AtomicBool::new(false),
-        };
+        let lanes = (0..workers.max(1)).map(|_| CachePadded::new(Lane::new())).collect();
+        let shared = Shared { lanes, all_of_gateway: AtomicBool::new(false) };
         let (shared, router) = (std::sync::Arc::new(shared), OnceLock::new());
         Self { shared, gateway, clock, flow_key, max_untagged_size, max_packet_size, router }
     }
@@ -259,23 +311,37 @@ impl<B> RouterSide<B> {
         self.router.get().map(|set| &set.router)
     }
 
-    /// Whether a packet to the gateway's MAC address is the router's. `now` is in seconds.
-    pub(crate) fn takes(&self, packet: &Packet<'_>, now: u32) -> bool {
-        let Some(SetRouter { ports_of_gateway, .. }) = self.router.get() else { return false };
-        // Relaxed: these decide nothing about memory.
-        if self.shared.failed_in.load(Ordering::Relaxed) == now.wrapping_add(1)
-            && self.shared.state.load(Ordering::Relaxed) == IDLE
-        {
-            return false;
+    /// The worker of the router that a packet to the gateway's MAC address is for, or `None` if it is not
+    /// the router's. `now` is in seconds.
+    pub(crate) fn takes(&self, packet: &Packet<'_>, now: u32) -> Option<usize> {
+        let SetRouter { ports_of_gateway, .. } = self.router.get()?;
+        let lanes = &self.shared.lanes;
+        if lanes.len() == 1 && lanes[0].has_failed(now) {
+            return None;
         }
         let head = packet.head();
-        let Ok((header, ip)) = frame::split(head) else { return false };
-        if header.ethertype == EthernetProtocol::Ipv6 {
-            return self.takes_v6(packet, head.len() - ip.len(), ports_of_gateway);
+        let (header, ip) = frame::split(head).ok()?;
+        let at = head.len() - ip.len();
+        let is_ours = match header.ethertype {
+            EthernetProtocol::Ipv4 => self.takes_v4(packet, ip, at, ports_of_gateway),
+            EthernetProtocol::Ipv6 => self.takes_v6(packet, at, ports_of_gateway),
+            _ => false,
+        };
+        if !is_ours || lanes.len() == 1 {
+            return is_ours.then_some(0);
         }
-        if header.ethertype != EthernetProtocol::Ipv4 {
-            return false;
-        }
+        let worker = worker::of_packet(packet, at, self.flow_key, lanes.len());
+        (!lanes[worker].has_failed(now)).then_some(worker)
+    }
+
+    /// [`takes`](Self::takes) for a packet of IPv4, whose header `ip` begins at byte `at`.
+    fn takes_v4(
+        &self,
+        packet: &Packet<'_>,
+        ip: &[u8],
+        at: usize,
+        ports_of_gateway: &[(u8, u16)],
+    ) -> bool {
         // Without options these are the first 20 bytes of the header (RFC 791, 3.1).
         let Some(
             &[version, _, _, _, _, _, fragment, offset, _, protocol, _, _, _, _, _, _, to @ ..],
@@ -291,7 +357,7 @@ impl<B> RouterSide<B> {
         if is_fragment || !matches!(protocol.into(), IpProtocol::Tcp | IpProtocol::Udp) {
             return false;
         }
-        let ports_at = head.len() - ip.len() + usize::from(version & 0xf) * 4;
+        let ports_at = at + usize::from(version & 0xf) * 4;
         let mut port = [0; 2];
         if packet.read_at(ports_at + 2, &mut port) < port.len() {
             return false;
@@ -325,26 +391,17 @@ impl<B> RouterSide<B> {
         if to != config.gateway() {
             return !config.contains(to);
         }
-        let (mut protocol, mut at) = (header[6], at + header.len());
-        for _ in 0..IPV6_EXTENSION_HEADERS {
-            let mut bytes = [0; 4];
-            if packet.read_at(at, &mut bytes) < bytes.len() {
-                return false;
-            }
-            let [next, units, high, low] = bytes;
-            match IpProtocol::from(protocol) {
-                IpProtocol::HopByHop | IpProtocol::Ipv6Opts => {
-                    (protocol, at) = (next, at + (usize::from(units) + 1) * 8);
-                }
-                IpProtocol::Tcp | IpProtocol::Udp => {
-                    let port = (protocol, u16::from_be_bytes([high, low]));
-                    return port != (u8::from(IpProtocol::Udp), DHCPV6_SERVER_PORT)
-                        && self.takes_port(port, ports_of_gateway);
-                }
-                _ => return false,
-            }
+        let transport = worker::transport_v6(packet, header[6], at + header.len());
+        let Some((protocol, at)) = transport else { return false };
+        let mut port = [0; 2];
+        if !matches!(protocol.into(), IpProtocol::Tcp | IpProtocol::Udp)
+            || packet.read_at(at + 2, &mut port) < port.len()
+        {
+            return false;
         }
-        false
+        let port = (protocol, u16::from_be_bytes(port));
+        port != (u8::from(IpProtocol::Udp), DHCPV6_SERVER_PORT)
+            && self.takes_port(port, ports_of_gateway)
     }
 
     /// Whether a port of TCP or UDP at the gateway's address is the router's.
@@ -354,71 +411,84 @@ impl<B> RouterSide<B> {
     }
 
     /// Says that a port has left. Nobody sends for it any more.
-    pub(crate) fn port_left(&self, number: u32) {
-        let mut events = self.shared.events();
-        // A router that does not know it yet need not know it.
-        let joined = |event: &Event<B>| matches!(event, Event::Joined(end) if end.number == number);
-        if let Some(at) = events.iter().rposition(joined) {
-            events.remove(at);
-            return;
+    pub(crate) fn port_left(&self, number: u32, generation: u32) {
+        self.shared.lanes.iter().for_each(|lane| lane.port_left(number, generation));
+    }
+
+    /// The worker that has what a guest sends from one of its ports, or gets there.
+    pub(crate) fn worker_of(&self, protocol: u8, port: u16) -> usize {
+        match self.shared.lanes.len() {
+            1 => 0,
+            workers => worker::of_port(protocol, port, self.flow_key, workers),
         }
-        drop(events);
-        self.shared.tell(Event::Left(number));
-        self.shared.doorbell.ring();
     }
 }
 
 impl<B: PacketBuffer> RouterSide<B> {
     /// Makes an outbox for a port that joins, and tells the router of the port.
     pub(crate) fn port_joined(&self, port: NewPort<B>, (shape, longest): (Shape, usize)) -> Outbox {
-        let inbox = Arc::new(Inbox::with_headers(ROUTER_FRAMES, ROUTER_OVERFLOW, longest));
-        let nobody: PortWake = std::sync::Arc::new(|| ());
-        let outbox = Inbox::open(&inbox, nobody).expect("a new inbox has no collector");
-        let (spare, has_buffers) = (Vec::new(), false);
         let NewPort { number, generation, mac, is_uplink, state } = port;
-        let end = PortEnd {
-            number,
-            generation,
-            mac,
-            is_uplink,
-            state,
-            shape,
-            outbox,
-            spare,
-            has_buffers,
+        let join = |lane: &CachePadded<Lane<B>>| {
+            let inbox = Arc::new(Inbox::with_headers(ROUTER_FRAMES, ROUTER_OVERFLOW, longest));
+            let nobody: PortWake = std::sync::Arc::new(|| ());
+            let outbox = Inbox::open(&inbox, nobody).expect("a new inbox has no collector");
+            let (spare, has_buffers) = (Vec::new(), false);
+            let state = std::sync::Arc::clone(&state);
+            lane.tell(Event::Joined(PortEnd {
+                number,
+                generation,
+                mac,
+                is_uplink,
+                state,
+                shape,
+                outbox,
+                spare,
+                has_buffers,
+            }));
+            inbox
         };
-        self.shared.tell(Event::Joined(end));
-        Outbox(inbox)
+        let lanes = &self.shared.lanes;
+        Outbox { first: join(&lanes[0]), others: lanes[1..].iter().map(join).collect() }
     }
 
-    /// Tells the router that a port's outbox has something, and starts it if it does not run. This comes
-    /// after the frames were put there.
-    pub(crate) fn ring(&self, number: usize) {
-        // Release: pairs with the Acquire in `RouterEnd::look`.
-        self.shared.pending[number / 64].fetch_or(1 << (number % 64), Ordering::Release);
-        self.shared.doorbell.ring();
-        // Relaxed: the exchange in `start` decides.
-        if self.shared.state.load(Ordering::Relaxed) == IDLE {
+    /// Tells workers of the router that a port's outbox has something for them, and starts the router if it
+    /// does not run. `workers` has a bit for each of them. This comes after the frames were put there.
+    pub(crate) fn ring(&self, number: usize, workers: u8) {
+        let mut rest = workers;
+        let mut is_idle = false;
+        while rest != 0 {
+            let lane = &self.shared.lanes[rest.trailing_zeros() as usize];
+            // Release: pairs with the Acquire in `RouterEnd::look`.
+            lane.pending[number / 64].fetch_or(1 << (number % 64), Ordering::Release);
+            lane.doorbell.ring();
+            // Relaxed: the exchange in `start` decides.
+            is_idle |= lane.state.load(Ordering::Relaxed) == IDLE;
+            rest &= rest - 1;
+        }
+        if is_idle {
             // The gateway refuses the next frames if it fails.
             let _ = self.start();
         }
     }
 
-    /// Starts the router, unless it runs.
+    /// Starts each worker of the router that does not run. Returns the first error, after it has tried all.
     #[cold]
     pub(crate) fn start(&self) -> std::io::Result<()> {
         let Some(router) = self.get() else { return Ok(()) };
-        let shared = &self.shared;
-        // Acquire: pairs with the Release in `RouterEnd::drop`.
-        let order = (Ordering::Acquire, Ordering::Relaxed);
-        if shared.state.compare_exchange(IDLE, RUNNING, order.0, order.1).is_err() {
-            return Ok(());
+        let mut all = Ok(());
+        for (worker, lane) in self.shared.lanes.iter().enumerate() {
+            // Acquire: pairs with the Release in `RouterEnd::drop`.
+            let order = (Ordering::Acquire, Ordering::Relaxed);
+            if lane.state.compare_exchange(IDLE, RUNNING, order.0, order.1).is_err() {
+                continue;
+            }
+            let started = router.start(RouterEnd::new(self, worker));
+            if let Err(error) = &started {
+                tracing::warn!(%error, worker, "the network's router did not start");
+            }
+            all = all.and(started);
         }
-        let started = router.start(RouterEnd::new(self));
-        if let Err(error) = &started {
-            tracing::warn!(%error, "the network's router did not start");
-        }
-        started
+        all
     }
 }
 
@@ -451,6 +521,12 @@ impl RouterBatch {
         self.frames.len()
     }
 
+    /// The generation of the port that the frames are of. A port that joins later with the same number has
+    /// a greater one.
+    pub fn generation(&self) -> u32 {
+        self.port.1
+    }
+
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.frames.is_empty()
@@ -467,12 +543,13 @@ impl RouterBatch {
     }
 }
 
-/// A router's side of a network, which one thread drives; see the [module](self).
+/// A worker's side of a network, which one thread drives; see the [module](self).
 ///
 /// It keeps nothing of the network's ports there. If it is dropped before the network has ended, what
 /// waits for it waits for the next one.
 pub struct RouterEnd<B> {
     shared: std::sync::Arc<Shared<B>>,
+    worker: usize,
     gateway: std::sync::Arc<Gateway>,
     clock: std::sync::Arc<dyn Clock>,
     flow_key: u64,
@@ -496,12 +573,13 @@ impl<B> fmt::Debug for RouterEnd<B> {
 }
 
 impl<B> RouterEnd<B> {
-    fn new(side: &RouterSide<B>) -> Self {
+    fn new(side: &RouterSide<B>, worker: usize) -> Self {
         let mut all = Offloads::ALL;
         all.virtio_header = true;
         let longest = LARGE_PACKET + ETHERNET_HEADER_LEN + VLAN_TAG_LEN;
         Self {
             shared: std::sync::Arc::clone(&side.shared),
+            worker,
             gateway: std::sync::Arc::clone(&side.gateway),
             clock: std::sync::Arc::clone(&side.clock),
             flow_key: side.flow_key,
@@ -515,9 +593,18 @@ impl<B> RouterEnd<B> {
         }
     }
 
+    /// Which of the router's workers this is for, from 0 on.
+    pub fn worker(&self) -> usize {
+        self.worker
+    }
+
+    fn lane(&self) -> &Lane<B> {
+        &self.shared.lanes[self.worker]
+    }
+
     /// Sets what wakes the thread that drives this, from any thread. Call it first. It must not block.
     pub fn set_wake(&mut self, wake: PortWake) {
-        let sleeper = self.shared.doorbell.parker();
+        let sleeper = self.lane().doorbell.parker();
         *sleeper.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(wake);
     }
 
@@ -543,10 +630,17 @@ impl<B> RouterEnd<B> {
         self.ports.iter().flatten().map(|port| (port.number, port.mac))
     }
 
-    /// Looks which ports have frames for the router, and which have come and left. `left` is called with
-    /// the number of each port that has left. [`receive`](Self::receive) returns no frame of it any more.
-    pub fn look(&mut self, mut left: impl FnMut(u32)) {
-        for (taken, pending) in self.taken.iter_mut().zip(&self.shared.pending) {
+    /// The generation of a port that is there, as far as [`look`](Self::look) has found.
+    pub fn generation(&self, port: u32) -> Option<u32> {
+        Some(self.ports.get(port as usize)?.as_ref()?.generation)
+    }
+
+    /// Looks which ports have frames for this worker, and which have come and left. `left` is called with
+    /// the number and the generation of each port that has left. [`receive`](Self::receive) returns no frame
+    /// of it any more.
+    pub fn look(&mut self, mut left: impl FnMut(u32, u32)) {
+        let lane = &self.shared.lanes[self.worker];
+        for (taken, pending) in self.taken.iter_mut().zip(&lane.pending) {
             // Relaxed: the exchange looks again.
             if pending.load(Ordering::Relaxed) != 0 {
                 // Acquire: pairs with the Release in `RouterSide::ring`. What was told of a port before its
@@ -554,22 +648,22 @@ impl<B> RouterEnd<B> {
                 *taken |= pending.swap(0, Ordering::Acquire);
             }
         }
-        // Acquire: pairs with the Release in `Shared::tell`.
-        if !self.shared.has_events.load(Ordering::Relaxed)
-            || !self.shared.has_events.swap(false, Ordering::Acquire)
+        // Acquire: pairs with the Release in `Lane::tell`.
+        if !lane.has_events.load(Ordering::Relaxed)
+            || !lane.has_events.swap(false, Ordering::Acquire)
         {
             return;
         }
-        let events = core::mem::take(&mut *self.shared.events());
+        let events = core::mem::take(&mut *lane.events());
         for event in events {
             match event {
                 Event::Joined(end) => {
                     let place = end.number as usize;
                     self.ports[place] = Some(end);
                 }
-                Event::Left(number) => {
+                Event::Left(number, generation) => {
                     self.ports[number as usize] = None;
-                    left(number);
+                    left(number, generation);
                 }
             }
         }
@@ -578,11 +672,11 @@ impl<B> RouterEnd<B> {
     /// Announces that the thread wants to sleep. Returns true if there is nothing to look at: the wake
     /// callback will be called once when that changes. Call [`disarm`](Self::disarm) after the sleep.
     pub fn arm(&mut self) -> bool {
-        self.shared.doorbell.arm();
-        let shared = &self.shared;
+        let lane = self.lane();
+        lane.doorbell.arm();
         let is_idle = self.taken.iter().all(|word| *word == 0)
-            && shared.pending.iter().all(|word| word.load(Ordering::Relaxed) == 0)
-            && !shared.has_events.load(Ordering::Relaxed);
+            && lane.pending.iter().all(|word| word.load(Ordering::Relaxed) == 0)
+            && !lane.has_events.load(Ordering::Relaxed);
         if !is_idle {
             self.disarm();
         }
@@ -591,7 +685,7 @@ impl<B> RouterEnd<B> {
 
     /// Says that the thread is awake.
     pub fn disarm(&mut self) {
-        self.shared.doorbell.disarm();
+        self.lane().doorbell.disarm();
     }
 
     /// The next port in turn that may have something.
@@ -787,12 +881,13 @@ impl<B: PacketBuffer> RouterEnd<B> {
 impl<B> Drop for RouterEnd<B> {
     fn drop(&mut self) {
         // The next thread that drives the end gets the ports in front of what has happened since.
-        let mut events = self.shared.events();
+        let lane = &self.shared.lanes[self.worker];
+        let mut events = lane.events();
         let ports = self.ports.iter_mut().filter_map(Option::take);
         events.splice(0..0, ports.map(Event::Joined));
         let mut position = 0;
         while position < events.len() {
-            let Event::Left(number) = events[position] else {
+            let Event::Left(number, _) = events[position] else {
                 position += 1;
                 continue;
             };
@@ -806,14 +901,14 @@ impl<B> Drop for RouterEnd<B> {
         }
         drop(events);
         // Release, both: they pair with the Acquires in `look` of the next end.
-        self.shared.has_events.store(true, Ordering::Release);
-        for (taken, pending) in self.taken.iter().zip(&self.shared.pending) {
+        lane.has_events.store(true, Ordering::Release);
+        for (taken, pending) in self.taken.iter().zip(&lane.pending) {
             pending.fetch_or(*taken, Ordering::Release);
         }
         let now = self.clock.now().as_secs() as u32;
-        self.shared.failed_in.store(now.wrapping_add(1), Ordering::Relaxed);
+        lane.failed_in.store(now.wrapping_add(1), Ordering::Relaxed);
         // Release: pairs with the Acquire in `RouterSide::start`.
-        self.shared.state.store(IDLE, Ordering::Release);
+        lane.state.store(IDLE, Ordering::Release);
     }
 }
 

@@ -104,7 +104,7 @@ fn route(ethertype: EthernetProtocol, packet: &[u8]) {
             alice.sender.send(&question);
         }
         alice.sender.flush();
-        end.look(|_| ());
+        end.look(|_, _| ());
         while let Some(port) = end.receive(&mut batch) {
             for _ in 0..batch.len() {
                 let _ = end.send(port, &answer, &OffloadHeader::NONE);

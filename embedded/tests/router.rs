@@ -74,7 +74,7 @@ impl Kept {
         self.with(|end| {
             let mut batch = RouterBatch::new();
             let mut all = Vec::new();
-            end.look(|_| ());
+            end.look(|_, _| ());
             while let Some(port) = end.receive(&mut batch) {
                 for index in 0..batch.len() {
                     all.push((port, batch.get(index).unwrap().0.to_vec()));
@@ -538,7 +538,7 @@ fn a_port_that_takes_a_place_has_nothing_of_the_one_before() {
     assert_eq!(router.with(|end| end.send(0, &frame, &OffloadHeader::NONE)), Err(PortFull));
     assert_eq!(bob.receive(), [[0u8; 0]; 0]);
     let mut left = Vec::new();
-    router.with(|end| end.look(|port| left.push(port)));
+    router.with(|end| end.look(|port, _| left.push(port)));
     assert_eq!(left, [0]);
     assert_eq!(router.receive(), [(0, to_world(gateway, bob.mac, b"bob's"))]);
     let ports: Vec<_> = router.with(|end| end.ports().collect());
@@ -548,7 +548,7 @@ fn a_port_that_takes_a_place_has_nothing_of_the_one_before() {
     // The router is not told of a port that comes and goes before it looks.
     drop(Guest::join(&network, 3));
     let mut left = Vec::new();
-    router.with(|end| end.look(|port| left.push(port)));
+    router.with(|end| end.look(|port, _| left.push(port)));
     assert!(left.is_empty());
 }
 
@@ -592,7 +592,7 @@ fn a_router_that_ends_is_started_again() {
     bob.ask(&to_world(gateway, bob.mac, b"bob's again"));
     assert_eq!(router.starts.load(Ordering::SeqCst), 3);
     let mut left = Vec::new();
-    router.with(|end| end.look(|port| left.push(port)));
+    router.with(|end| end.look(|port, _| left.push(port)));
     assert!(left.is_empty(), "the new router has never known alice");
     assert_eq!(router.receive().len(), 2);
     let mut ports: Vec<_> = router.with(|end| end.ports().collect());
@@ -681,4 +681,173 @@ fn settings_of_the_router_are_compared() {
     let mut alice = Guest::join(&network, 1);
     let gateway = network.gateway().unwrap().mac();
     assert_eq!(alice.ask(&to_world(gateway, alice.mac, b"no way")).len(), 1, "a refusal");
+}
+
+/// A router with several workers, which keeps their ends for the test.
+#[derive(Default)]
+struct Several {
+    ends: Mutex<Vec<Option<RouterEnd<Buffer>>>>,
+    wakes: Arc<Mutex<Vec<usize>>>,
+    /// The worker whose starts fail.
+    fails: Mutex<Option<usize>>,
+}
+
+impl Router<Buffer> for Several {
+    fn start(&self, mut end: RouterEnd<Buffer>) -> io::Result<()> {
+        let worker = end.worker();
+        if *self.fails.lock().unwrap() == Some(worker) {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        let wakes = self.wakes.clone();
+        end.set_wake(Arc::new(move || wakes.lock().unwrap().push(worker)));
+        let mut ends = self.ends.lock().unwrap();
+        let len = ends.len().max(worker + 1);
+        ends.resize_with(len, || None);
+        ends[worker] = Some(end);
+        Ok(())
+    }
+
+    fn stop(&self) {
+        self.ends.lock().unwrap().clear();
+    }
+
+    fn as_any(self: Arc<Self>) -> Arc<dyn Any + Send + Sync> {
+        self
+    }
+}
+
+impl Several {
+    fn with<T>(&self, worker: usize, f: impl FnOnce(&mut RouterEnd<Buffer>) -> T) -> T {
+        f(self.ends.lock().unwrap()[worker].as_mut().expect("the worker runs"))
+    }
+
+    /// The frames that wait for a worker.
+    fn receive(&self, worker: usize) -> Vec<Vec<u8>> {
+        self.with(worker, |end| {
+            let (mut batch, mut all) = (RouterBatch::new(), Vec::new());
+            end.look(|_, _| ());
+            while end.receive(&mut batch).is_some() {
+                all.extend((0..batch.len()).map(|index| batch.get(index).unwrap().0.to_vec()));
+            }
+            all
+        })
+    }
+}
+
+const WORKERS: usize = 3;
+
+fn several(fails: Option<usize>) -> (Arc<Network<Buffer>>, Arc<Several>, MacAddr6) {
+    let router = Some(Vec::new());
+    let config = NetworkConfig { router, router_workers: WORKERS, ..NetworkConfig::default() };
+    // Its time stands still.
+    let clock = vmring_embedded::clock::ManualClock::new();
+    let network = Network::with_clock(config, Box::new(clock)).unwrap();
+    let router = Arc::new(Several { fails: Mutex::new(fails), ..Several::default() });
+    network.set_router(router.clone()).unwrap();
+    let gateway = network.gateway().unwrap().mac();
+    (network, router, gateway)
+}
+
+fn from_port(macs: (MacAddr6, MacAddr6), port: u16, to: (Ipv4Addr, u16)) -> Vec<u8> {
+    let packet = udp((OWN, port), to, b"to the world");
+    ethernet(eth(macs.1), eth(macs.0), EthernetProtocol::Ipv4, &packet)
+}
+
+/// Goal: what a guest sends from one of its ports is with one worker, whoever the guest is and whomever it
+/// sends to, and is in order; what has no port is with the first worker; each worker is woken for its own
+/// frames only.
+#[test]
+fn each_port_of_a_guest_has_one_worker() {
+    let (network, router, gateway) = several(None);
+    let mut guests = [1, 2].map(|id| Guest::join(&network, id));
+    let mut expected = vec![Vec::new(); WORKERS];
+    let mut received = vec![Vec::new(); WORKERS];
+    for port in 5000..5040 {
+        let worker = network.router_worker(17, port);
+        for guest in &mut guests {
+            for to in [(OUTSIDE, 53), (Ipv4Addr::new(203, 0, 113, 9), 7)] {
+                let frame = from_port((guest.mac, gateway), port, to);
+                assert!(guest.ask(&frame).is_empty());
+                expected[worker].push(frame);
+            }
+        }
+        // Few frames have a place before a worker has begun.
+        for (worker, received) in received.iter_mut().enumerate() {
+            received.extend(router.receive(worker));
+        }
+    }
+    let fragment = {
+        let mut frame = from_port((guests[0].mac, gateway), 5000, (OUTSIDE, 53));
+        frame[14 + 6] = 0x20;
+        frame
+    };
+    guests[0].ask(&fragment);
+    expected[0].push(fragment);
+    received[0].extend(router.receive(0));
+    for (worker, (mut expected, mut received)) in expected.into_iter().zip(received).enumerate() {
+        assert!(expected.len() > 4, "no port of 40 is with worker {worker}");
+        let order = |frames: &[Vec<u8>], mac: MacAddr6| -> Vec<Vec<u8>> {
+            let of_it = |frame: &&Vec<u8>| frame[6..12] == mac.into_array();
+            frames.iter().filter(of_it).cloned().collect()
+        };
+        for guest in &guests {
+            assert_eq!(order(&received, guest.mac), order(&expected, guest.mac), "{worker}");
+        }
+        received.sort();
+        expected.sort();
+        assert_eq!(received, expected, "{worker}");
+    }
+    let port_of = |worker: usize| {
+        (6000..).find(|&port| network.router_worker(17, port) == worker).expect("a port")
+    };
+    for worker in 0..WORKERS {
+        assert!(router.with(worker, RouterEnd::arm));
+    }
+    router.wakes.lock().unwrap().clear();
+    for worker in [2, 1] {
+        let frame = from_port((guests[0].mac, gateway), port_of(worker), (OUTSIDE, 53));
+        guests[0].ask(&frame);
+        guests[0].ask(&frame);
+    }
+    assert_eq!(*router.wakes.lock().unwrap(), [2, 1]);
+    // All workers learn of a port that leaves, and of its generation.
+    drop(guests);
+    for worker in 0..WORKERS {
+        let mut left = Vec::new();
+        router.with(worker, |end| end.look(|port, generation| left.push((port, generation))));
+        assert_eq!(left, [(0, 0), (1, 0)], "{worker}");
+    }
+    let mut next = Guest::join(&network, 3);
+    next.ask(&from_port((next.mac, gateway), 5000, (OUTSIDE, 53)));
+    let worker = network.router_worker(17, 5000);
+    assert_eq!(router.receive(worker).len(), 1);
+    assert_eq!(router.with(worker, |end| end.generation(0)), Some(1));
+    let all_of =
+        |network: &Network<Buffer>| (0..=u16::MAX).map(|p| network.router_worker(6, p)).max();
+    assert_eq!(all_of(&network), Some(WORKERS - 1));
+}
+
+/// Goal: a worker that the system refuses costs its own frames, which the gateway refuses, and no others.
+#[test]
+fn a_worker_that_does_not_start_costs_its_own_frames() {
+    let (network, router, gateway) = several(Some(1));
+    let mut alice = Guest::join(&network, 1);
+    network.start_router().expect_err("one of them fails");
+    for port in 5000..5020 {
+        let frame = from_port((alice.mac, gateway), port, (OUTSIDE, 53));
+        let worker = network.router_worker(17, port);
+        match worker {
+            1 => assert_eq!(alice.ask(&frame).len(), 1, "the gateway says that there is no way"),
+            _ => assert!(alice.ask(&frame).is_empty()),
+        }
+    }
+    assert!(!router.receive(0).is_empty() && !router.receive(2).is_empty());
+    *router.fails.lock().unwrap() = None;
+    network.start_router().unwrap();
+    assert!(router.receive(1).is_empty());
+    for workers in [0, 9] {
+        let config = NetworkConfig { router_workers: workers, ..NetworkConfig::default() };
+        let refused = Network::<Buffer>::new(config).expect_err("no such number").to_string();
+        assert!(refused.contains("it has from 1 to 8"), "{refused}");
+    }
 }

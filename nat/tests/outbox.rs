@@ -179,7 +179,7 @@ fn upload(flows: u16, datagrams: usize, rounds: usize) -> (u64, usize) {
             let number = 1000 + ends.guest.uploads.len() as u16;
             ends.guest.open(number);
         }
-        ends.end.look(|_| ());
+        ends.end.look(|_, _| ());
         // The guest sends on as it is answered, so there is no end.
         for _ in 0..BATCHES {
             let Some(port) = ends.end.receive(&mut batch) else { break };

@@ -189,7 +189,7 @@ fn take_turn(
     now: Duration,
 ) {
     let mut left = Vec::new();
-    guests.end.look(|port| left.push(Port(port)));
+    guests.end.look(|port, _| left.push(Port(port)));
     for port in left {
         guests.port_left(port);
         nat.port_left(port, now, guests);
