@@ -88,6 +88,32 @@ pub struct Limits {
     pub port: PortLimits,
 }
 
+impl Limits {
+    /// What each of several translators of one network may have: its part of each limit, rounded up.
+    pub fn share(self, translators: usize) -> Self {
+        let n = translators.max(1);
+        Self {
+            flows: self.flows.div_ceil(n),
+            half_open: self.half_open.div_ceil(n),
+            udp_flows: self.udp_flows.div_ceil(n),
+            echo_flows: self.echo_flows.div_ceil(n),
+            dns_pending: self.dns_pending.div_ceil(n),
+            new_flows_per_second: self.new_flows_per_second.div_ceil(n as u32),
+            kernel_memory: self.kernel_memory.div_ceil(n as u64),
+            descriptors: self.descriptors.div_ceil(n),
+            port: PortLimits {
+                flows: self.port.flows.div_ceil(n),
+                half_open: self.port.half_open.div_ceil(n),
+                udp_flows: self.port.udp_flows.div_ceil(n),
+                echo_flows: self.port.echo_flows.div_ceil(n),
+                dns_pending: self.port.dns_pending.div_ceil(n),
+                new_flows_per_second: self.port.new_flows_per_second.div_ceil(n as u32),
+                inbox_frames: self.port.inbox_frames.div_ceil(n as u32),
+            },
+        }
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Self {

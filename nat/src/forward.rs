@@ -56,6 +56,29 @@ impl ForwardRule {
         };
         Self { protocol, bind, port, count: 1, guest, guest_port, max_flows: FORWARD_FLOWS }
     }
+
+    /// The forward of each port of the rule.
+    ///
+    /// # Errors
+    ///
+    /// [`Range`](ForwardError::Range) if the rule names no ports that there are.
+    pub fn ports(&self) -> Result<impl Iterator<Item = Self> + use<>, ForwardError> {
+        let last = |first: u16| first.checked_add(self.count.checked_sub(1)?);
+        if self.guest_port == 0
+            || last(self.port).is_none()
+            || last(self.guest_port).is_none()
+            || self.count > 1 && self.port == 0
+        {
+            return Err(ForwardError::Range);
+        }
+        let rule = *self;
+        Ok((0..rule.count).map(move |index| Self {
+            port: rule.port + index,
+            guest_port: rule.guest_port + index,
+            count: 1,
+            ..rule
+        }))
+    }
 }
 
 /// A port forward that is there.
@@ -170,6 +193,11 @@ impl<T> Forwards<T> {
         Self { forwards: Table::new(FORWARDS), number: 0, look_at: 0 }
     }
 
+    /// Where each forward listens.
+    pub(crate) fn places_of_all(&self) -> impl Iterator<Item = (Protocol, SocketAddr)> + '_ {
+        self.forwards.iter().map(Keyed::key)
+    }
+
     /// How many listeners of TCP there are. Those of UDP are the datagrams'.
     pub(crate) fn descriptors(&self) -> usize {
         let is_tcp = |forward: &&Forward<T>| matches!(forward.listener, Listener::Tcp(_));
@@ -183,15 +211,7 @@ impl<T> Forwards<T> {
         datagrams: &mut Datagrams<T>,
         io: &mut Io<'_, S>,
     ) -> Result<SocketAddr, ForwardError> {
-        let last = |first: u16| first.checked_add(rule.count.checked_sub(1)?);
-        let several = rule.count > 1;
-        if rule.guest_port == 0
-            || last(rule.port).is_none()
-            || last(rule.guest_port).is_none()
-            || several && rule.port == 0
-        {
-            return Err(ForwardError::Range);
-        }
+        let ports = rule.ports()?;
         if let Guest::Address(address) = rule.guest
             && io.sources.is_possible(address).is_err()
         {
@@ -204,13 +224,13 @@ impl<T> Forwards<T> {
             return Err(ForwardError::TooMany);
         }
         let mut first = None;
-        for index in 0..rule.count {
-            match self.add_one(rule, index, datagrams, io) {
+        for one in ports {
+            match self.add_one(&one, datagrams, io) {
                 Ok(at) => {
                     first.get_or_insert(at);
                 }
                 Err(error) => {
-                    for port in rule.port..rule.port + index {
+                    for port in rule.port..one.port {
                         let at = SocketAddr::new(rule.bind, port);
                         self.remove(rule.protocol, at, datagrams, io);
                     }
@@ -224,11 +244,10 @@ impl<T> Forwards<T> {
     fn add_one<S: Sockets<Socket = T>>(
         &mut self,
         rule: &ForwardRule,
-        index: u16,
         datagrams: &mut Datagrams<T>,
         io: &mut Io<'_, S>,
     ) -> Result<SocketAddr, ForwardError> {
-        let (port, guest_port) = (rule.port + index, rule.guest_port + index);
+        let (port, guest_port) = (rule.port, rule.guest_port);
         let at = SocketAddr::new(rule.bind, port);
         let refused = |error| match error {
             SocketError::NoPort => ForwardError::InUse(port),

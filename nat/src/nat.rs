@@ -284,6 +284,18 @@ impl<S: Sockets> Nat<S> {
         true
     }
 
+    /// Where the port forwards listen, in no particular order.
+    pub fn forward_places(&self) -> impl Iterator<Item = (Protocol, SocketAddr)> + '_ {
+        self.forwards.places_of_all()
+    }
+
+    /// Ends the flows of UDP that have a port of the host which a forward is to have, at any address of the
+    /// host. A guest's next datagram has another port.
+    pub fn give_up_port(&mut self, port: u16, now: Duration, out: &mut dyn Output) {
+        let (Flows { datagrams, .. }, mut io) = self.parts(now, out);
+        datagrams.give_up_port(port, &mut io);
+    }
+
     /// The port forwards, in no particular order.
     pub fn forwards(&self) -> impl Iterator<Item = ForwardInfo> + '_ {
         self.forwards.infos(&self.tcp, &self.datagrams)
@@ -321,6 +333,12 @@ impl<S: Sockets> Nat<S> {
         &mut self.shared.sources
     }
 
+    /// Asks this handle whose an address is from now on, which several translators of one network share. What
+    /// this one knew of addresses is forgotten.
+    pub fn share_sources(&mut self, sources: Sources) {
+        self.shared.sources = sources;
+    }
+
     /// The names that the network answers for itself. Tell it of the host, of the gateway and of leases.
     pub fn names_mut(&mut self) -> &mut Names {
         &mut self.shared.dns.names
@@ -347,6 +365,15 @@ impl<S: Sockets> Nat<S> {
             self.shared.ports.count(port, Counter::NameRefused);
         }
         leased
+    }
+
+    /// Counts that a port's guest did not get the name that it calls itself ([`Names::lease`]).
+    ///
+    /// # Panics
+    ///
+    /// If the port's number is not less than [`MAX_PORTS`](crate::limits::MAX_PORTS).
+    pub fn count_refused_name(&mut self, port: Port) {
+        self.shared.ports.count(port, Counter::NameRefused);
     }
 
     /// The names that the network answers for itself.

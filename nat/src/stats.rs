@@ -243,6 +243,13 @@ impl Counters {
         *value = value.saturating_add(n);
     }
 
+    /// Adds what was counted elsewhere.
+    pub fn add_all(&mut self, others: &Self) {
+        for (value, other) in self.0.iter_mut().zip(&others.0) {
+            *value = value.saturating_add(*other);
+        }
+    }
+
     /// Each counter with its value.
     pub fn iter(&self) -> impl Iterator<Item = (Counter, u64)> + '_ {
         Counter::ALL.iter().map(|&counter| (counter, self[counter]))

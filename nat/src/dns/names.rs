@@ -83,7 +83,7 @@ enum By {
     Lease(Port, [u8; 6]),
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 struct Entry {
     by: By,
     addresses: Vec<IpAddr>,
@@ -110,7 +110,7 @@ pub(crate) type Zone = Option<usize>;
 
 /// The names that a network answers for itself, without regard to the case of letters. Queries for them
 /// go to no resolver. Each name has at most [`ADDRESSES_PER_NAME`] addresses.
-#[derive(Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Names {
     subnets: [Prefix; 2],
     entries: HashMap<Box<str>, Entry>,
