@@ -5,6 +5,7 @@ mod guest;
 mod host_v6;
 mod ipv6;
 mod names;
+mod workers;
 
 use std::io::{ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener, TcpStream, UdpSocket};

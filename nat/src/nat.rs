@@ -9,7 +9,7 @@ use vmring_core::offload::OffloadHeader;
 use crate::config::NatConfig;
 use crate::datagram::{DatagramFlow, Datagrams, Packets};
 use crate::dns::Dns;
-use crate::dns::names::{NameError, Names};
+use crate::dns::names::Names;
 use crate::dns::resolvers::Resolvers;
 use crate::forward::{ForwardError, ForwardInfo, ForwardRule, Forwards};
 use crate::icmp::Reason;
@@ -342,29 +342,6 @@ impl<S: Sockets> Nat<S> {
     /// The names that the network answers for itself. Tell it of the host, of the gateway and of leases.
     pub fn names_mut(&mut self) -> &mut Names {
         &mut self.shared.dns.names
-    }
-
-    /// Gives a guest the name that it calls itself, as [`Names::lease`] does, and counts a refusal.
-    ///
-    /// # Errors
-    ///
-    /// As [`Names::lease`].
-    ///
-    /// # Panics
-    ///
-    /// If the port's number is not less than [`MAX_PORTS`](crate::limits::MAX_PORTS).
-    pub fn lease_name(
-        &mut self,
-        port: Port,
-        mac: [u8; 6],
-        host_name: &[u8],
-        address: IpAddr,
-    ) -> Result<(), NameError> {
-        let leased = self.shared.dns.names.lease(port, mac, host_name, address);
-        if leased.is_err() {
-            self.shared.ports.count(port, Counter::NameRefused);
-        }
-        leased
     }
 
     /// Counts that a port's guest did not get the name that it calls itself ([`Names::lease`]).

@@ -307,6 +307,7 @@ impl Driver for Embedded {
         #[cfg(feature = "nat")]
         if let Some(settings) = self.nat.as_ref().filter(|_| mode == NetworkMode::Shared) {
             network.router = Some(settings.rows());
+            network.router_workers = settings.number_of_workers();
         }
         let has_way_out = network.router.is_some();
         let name = format!("{}/{}", config.mode, self.network);

@@ -30,8 +30,9 @@
 //!
 //! # The thread
 //!
-//! One thread of the network translates for all its guests, `vmring-nat`. It starts with the first packet
-//! for outside, or with the first port forward, and ends with the network. Guests' packets reach it as
+//! One thread of the network translates for all its guests, `vmring-nat`, or several if
+//! [`NatSettings::workers`] says so. It starts with the first packet for outside, or with the first port
+//! forward, and ends with the network. Guests' packets reach it as
 //! [`vmring_embedded::router`] says: a ring's thread copies them, and makes no system call unless the
 //! translator sleeps. A guest that sends faster than it translates loses its own packets, and they are
 //! counted ("router busy" among the [`drops`](crate::Interface::drops)).
@@ -64,9 +65,9 @@
 //! address, no metadata service of a cloud, no address of the host itself, and none of the network's own
 //! subnet. [`vmring_nat::policy::rules`] has the order of the rules.
 //!
-//! `settings.rs` is what the network is set to; `translator.rs` starts and ends the thread and asks it;
-//! `worker.rs` is its loop, `guests.rs` what it knows of guests and how it sends to them, `names.rs` what
-//! they are called, `ipv6.rs` what they are told and asked over IPv6; `control.rs` is the handle.
+//! `settings.rs` is what the network is set to; `translator.rs` starts and ends the threads and asks them;
+//! `worker.rs` is the loop of one, `guests.rs` how it sends to guests and what all of them know of guests,
+//! `names.rs` what they are called, `ipv6.rs` what they are told and asked over IPv6; `control.rs` is the handle.
 
 pub(super) mod control;
 mod guests;

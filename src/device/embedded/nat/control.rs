@@ -18,7 +18,7 @@ use crate::sys::lock;
 ///
 /// Pass it to [`Embedded::nat_control`](super::super::Embedded::nat_control). It belongs to the network
 /// of the interface that was started with it last, and keeps nothing of it alive. A clone is a second
-/// handle to the same network. Each call waits for the translator's thread, for a few seconds at most.
+/// handle to the same network. Each call waits for the translator's threads, for a few seconds at most.
 #[derive(Clone, Debug, Default)]
 pub struct NatControl(Arc<Mutex<Weak<Network<PostedSlot>>>>);
 
@@ -41,12 +41,12 @@ impl NatControl {
         })
     }
 
-    /// Starts the translator's thread now instead of with the first packet for outside. A process that
+    /// Starts the translator's threads now instead of with the first packet for outside. A process that
     /// gives up privileges, or the call that starts threads, does so before.
     ///
     /// # Errors
     ///
-    /// If the handle has no network, or the system refuses the thread or a descriptor.
+    /// If the handle has no network, or the system refuses a thread or a descriptor.
     pub fn start(&self) -> Result<(), Error> {
         let (network, _) = self.network()?;
         network.start_router().map_err(Error::io("starting the translator"))
@@ -79,7 +79,8 @@ impl NatControl {
         remove(&self.network()?.1, protocol, at, cut)
     }
 
-    /// Returns what the translator does now. If its thread has not started, everything is empty.
+    /// Returns what the translator does now: all of its threads together. If it has not started, everything is
+    /// empty.
     ///
     /// # Errors
     ///

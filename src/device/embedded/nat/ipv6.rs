@@ -10,7 +10,7 @@ use vmring_embedded::gateway::Neighbor;
 use vmring_nat::sys::{Host, has_ipv6_route};
 use vmring_nat::{Counter, Guest, Nat, Port};
 
-use super::guests::Guests;
+use super::guests::{Directory, Guests};
 use super::limits::{
     ADDRESSES, ADVERTISE_AGAIN, ADVERTISE_MAX, ADVERTISE_MIN, ADVERTISEMENTS_OF_A_CHANGE,
     ASK_FOR_GUESTS, ROUTES, ROUTES_IDLE,
@@ -20,6 +20,9 @@ use super::limits::{
 pub(super) struct Discovery {
     /// Whether the network has IPv6.
     is_on: bool,
+    /// Whether this worker is the one that tells guests of the gateway. Each learns, and asks for the guests
+    /// of its own forwards.
+    tells: bool,
     /// When the host's routes were looked at last. `None` if they were not.
     looked: Option<Duration>,
     /// How many frames guests had sent then.
@@ -38,9 +41,10 @@ pub(super) struct Discovery {
 }
 
 impl Discovery {
-    pub(super) fn new(is_on: bool) -> Self {
+    pub(super) fn new(is_on: bool, tells: bool) -> Self {
         Self {
             is_on,
+            tells,
             looked: None,
             frames: 0,
             advertise_at: Duration::ZERO,
@@ -53,10 +57,21 @@ impl Discovery {
     }
 
     /// Does what is due.
-    pub(super) fn turn(&mut self, nat: &mut Nat<Host>, guests: &mut Guests, now: Duration) {
+    pub(super) fn turn(
+        &mut self,
+        nat: &mut Nat<Host>,
+        guests: &mut Guests,
+        directory: &Directory,
+        now: Duration,
+    ) {
         if self.is_on {
             self.learn(nat, guests, now);
-            self.tell(nat.counters()[Counter::Frames], guests, now);
+            let frames = nat.counters()[Counter::Frames];
+            if self.tells {
+                self.tell(frames, guests, directory, now);
+            } else if std::mem::replace(&mut self.frames, frames) != frames {
+                directory.note_frames(now);
+            }
             self.ask(nat, guests, now);
         }
     }
@@ -64,7 +79,7 @@ impl Discovery {
     /// When to call [`turn`](Self::turn) next.
     pub(super) fn next(&self) -> Option<Duration> {
         let look_at = self.looked.map_or(Duration::ZERO, |looked| looked + ROUTES_IDLE);
-        self.is_on.then(|| look_at.min(self.advertise_at))
+        (self.is_on && self.tells).then(|| look_at.min(self.advertise_at))
     }
 
     /// Learns from the gateway who uses which address.
@@ -79,17 +94,19 @@ impl Discovery {
         for Neighbor { address, mac, port } in gateway.neighbors(before) {
             // An address that is another guest's stays with that one.
             let micros = now.as_micros() as u64;
-            let _ = nat.sources().check(Port(port), mac.into_array(), address.into(), micros);
+            let _ = nat.sources().note(Port(port), mac.into_array(), address.into(), micros);
         }
     }
 
     /// Looks whether the host has a way to the world, and tells guests: at once if that has changed, and
     /// otherwise from time to time.
-    fn tell(&mut self, frames: u64, guests: &mut Guests, now: Duration) {
-        let pause = if frames == self.frames { ROUTES_IDLE } else { ROUTES };
+    fn tell(&mut self, frames: u64, guests: &mut Guests, directory: &Directory, now: Duration) {
+        let is_idle = frames == self.frames && !directory.has_frames();
+        let pause = if is_idle { ROUTES_IDLE } else { ROUTES };
         if self.looked.is_none_or(|looked| now >= looked + pause) {
             let is_first = self.looked.replace(now).is_none();
             self.frames = frames;
+            directory.routes_are_seen();
             if guests.end.set_ipv6_router(has_ipv6_route()) {
                 self.again = ADVERTISEMENTS_OF_A_CHANGE - 1;
                 self.advertise_at = now + ADVERTISE_AGAIN;

@@ -4,12 +4,12 @@ use std::collections::HashMap;
 use std::net::Ipv4Addr;
 
 use vmring_embedded::dhcp::HostName;
-use vmring_nat::sys::Host;
-use vmring_nat::{Nat, Port};
+use vmring_nat::Port;
+use vmring_nat::dns::names::Names;
 
-/// The names of guests, as a translator has got them.
-#[derive(Default)]
+/// The names of a network, with those that its guests have or were refused.
 pub(super) struct GuestNames {
+    table: Names,
     /// Whose name each address has or was refused.
     told: HashMap<Ipv4Addr, Told>,
 }
@@ -22,8 +22,20 @@ struct Told {
 }
 
 impl GuestNames {
-    /// Tells the translator what guests that have a lease call themselves now.
-    pub(super) fn follow(&mut self, now: Vec<HostName>, nat: &mut Nat<Host>) {
+    /// The names that the network has whoever its guests are.
+    pub(super) fn new(table: Names) -> Self {
+        Self { table, told: HashMap::new() }
+    }
+
+    /// All names, as they are now.
+    pub(super) fn table(&self) -> &Names {
+        &self.table
+    }
+
+    /// Follows what guests that have a lease call themselves now. Returns the port of each guest that does
+    /// not get the name that it calls itself, once for each name.
+    pub(super) fn follow(&mut self, now: Vec<HostName>) -> Vec<Port> {
+        let names = &mut self.table;
         let mut before = std::mem::take(&mut self.told);
         let mut kept = Vec::with_capacity(now.len());
         for host in now {
@@ -36,7 +48,7 @@ impl GuestNames {
                     kept.push((address, Told { is_refused, ..told }));
                 }
                 Some(_) => {
-                    nat.names_mut().free(address.into());
+                    names.free(address.into());
                     kept.push((address, told));
                 }
                 None => kept.push((address, told)),
@@ -44,34 +56,27 @@ impl GuestNames {
         }
         // A guest without a lease has no name, so that another may have it.
         for address in before.into_keys() {
-            nat.names_mut().free(address.into());
+            names.free(address.into());
         }
+        let mut refused = Vec::new();
         for (address, mut told) in kept {
             let (port, name) = (Port(told.port), told.name.as_bytes());
-            told.is_refused = match told.is_refused {
-                // It was counted. Whoever had the name may be gone.
-                true => nat.names_mut().lease(port, told.mac, name, address.into()).is_err(),
-                false => nat.lease_name(port, told.mac, name, address.into()).is_err(),
-            };
+            let was_refused = told.is_refused;
+            told.is_refused = names.lease(port, told.mac, name, address.into()).is_err();
+            // It was counted. Whoever had the name may be gone.
+            if told.is_refused && !was_refused {
+                refused.push(port);
+            }
             self.told.insert(address, told);
         }
+        refused
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
-    use vmring_nat::{Counter, NatConfig};
-
     use super::*;
     use crate::MacAddr6;
-
-    fn nat() -> Nat<Host> {
-        let gateway = ("192.168.64.1".parse().unwrap(), "fd00::1".parse().unwrap());
-        let config = NatConfig::new([2, 0, 0, 0, 0, 1], gateway.0, gateway.1);
-        Nat::new(config, Host::new().expect("descriptors"), Duration::ZERO)
-    }
 
     fn host(last: u8, port: Option<u32>, name: &str) -> HostName {
         let mac = MacAddr6::new(2, 0, 0, 0, 0, last);
@@ -82,11 +87,13 @@ mod tests {
     /// refused has it when it is nobody's. A refusal is counted once.
     #[test]
     fn names_follow_leases() {
-        let (mut nat, mut names) = (nat(), GuestNames::default());
-        let mut check = |nat: &mut Nat<Host>, now: &[HostName], expected: &[(&str, u8)]| {
-            names.follow(now.to_vec(), nat);
-            let mut found: Vec<_> = nat
-                .names()
+        let subnets = ["192.168.64.0/24", "fd00::/64"].map(|subnet| subnet.parse().unwrap());
+        let mut names = GuestNames::new(Names::new(subnets));
+        let mut refused = 0;
+        let mut check = |names: &mut GuestNames, now: &[HostName], expected: &[(&str, u8)]| {
+            refused += names.follow(now.to_vec()).len();
+            let mut found: Vec<_> = names
+                .table()
                 .iter()
                 .map(|(name, addresses)| match addresses {
                     [std::net::IpAddr::V4(address)] => (name.to_owned(), address.octets()[3]),
@@ -97,31 +104,25 @@ mod tests {
             let expected: Vec<_> =
                 expected.iter().map(|(name, last)| (format!("{name}.internal"), *last)).collect();
             assert_eq!(found, expected);
+            refused
         };
         let (web, db) = (host(2, Some(0), "web"), host(3, Some(1), "db"));
-        check(&mut nat, &[web.clone(), db.clone()], &[("db", 3), ("web", 2)]);
+        check(&mut names, &[web.clone(), db.clone()], &[("db", 3), ("web", 2)]);
         let rival = host(4, Some(2), "web");
         for _ in 0..3 {
             let now = [web.clone(), db.clone(), rival.clone()];
-            check(&mut nat, &now, &[("db", 3), ("web", 2)]);
-            assert_eq!(nat.counters()[Counter::NameRefused], 1);
+            assert_eq!(check(&mut names, &now, &[("db", 3), ("web", 2)]), 1);
         }
         // The first one gives its lease back, and the other one calls itself something else.
-        check(&mut nat, &[host(3, Some(1), "sql"), rival.clone()], &[("sql", 3), ("web", 4)]);
+        check(&mut names, &[host(3, Some(1), "sql"), rival.clone()], &[("sql", 3), ("web", 4)]);
         // The same guest is behind another port, or behind none.
-        check(&mut nat, &[host(3, Some(5), "sql"), rival], &[("sql", 3), ("web", 4)]);
-        check(&mut nat, &[host(3, None, "sql")], &[]);
+        check(&mut names, &[host(3, Some(5), "sql"), rival], &[("sql", 3), ("web", 4)]);
+        check(&mut names, &[host(3, None, "sql")], &[]);
         // Another guest has its address.
-        check(&mut nat, &[host(3, Some(5), "sql")], &[("sql", 3)]);
+        check(&mut names, &[host(3, Some(5), "sql")], &[("sql", 3)]);
         let mut other = host(3, Some(6), "new");
         other.mac = MacAddr6::new(2, 0, 0, 0, 9, 9);
-        check(&mut nat, &[other], &[("new", 3)]);
-        // Its port goes and comes, and nobody has looked meanwhile.
-        nat.names_mut().port_left(Port(6));
-        let mut other = host(3, Some(6), "new");
-        other.mac = MacAddr6::new(2, 0, 0, 0, 9, 9);
-        check(&mut nat, &[other], &[("new", 3)]);
-        check(&mut nat, &[], &[]);
-        assert_eq!(nat.counters()[Counter::NameRefused], 1);
+        check(&mut names, &[other], &[("new", 3)]);
+        assert_eq!(check(&mut names, &[], &[]), 1);
     }
 }

@@ -2,12 +2,14 @@
 
 use std::fmt;
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 
+use vmring_embedded::limits::ROUTER_WORKERS_RANGE;
 use vmring_nat::{ForwardRule, HostAccess, HostPort, Limits, Resolvers, Rule};
 
 /// The way out of a network, as it is set up. The default lets guests reach the outside world, and
 /// nobody reach them.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NatSettings {
     pub(super) allow: Vec<Rule>,
     pub(super) deny: Vec<Rule>,
@@ -17,9 +19,29 @@ pub struct NatSettings {
     pub(super) limits: Limits,
     pub(super) endpoint_independent: bool,
     pub(super) resolvers: Resolvers,
+    pub(super) workers: usize,
+}
+
+impl Default for NatSettings {
+    fn default() -> Self {
+        Self {
+            allow: Vec::new(),
+            deny: Vec::new(),
+            host_access: HostAccess::default(),
+            host_ports: Vec::new(),
+            forwards: Vec::new(),
+            limits: Limits::default(),
+            endpoint_independent: false,
+            resolvers: Resolvers::default(),
+            workers: *ROUTER_WORKERS_RANGE.start(),
+        }
+    }
 }
 
 impl NatSettings {
+    /// How many [workers](Self::workers) there can be.
+    pub const WORKERS: RangeInclusive<usize> = ROUTER_WORKERS_RANGE;
+
     /// The default settings.
     pub fn new() -> Self {
         Self::default()
@@ -81,6 +103,25 @@ impl NatSettings {
         self
     }
 
+    /// Sets how many threads translate for the network, within [`WORKERS`](Self::WORKERS). The default is 1, which is best unless
+    /// one thread is busy all the time and processors are idle.
+    ///
+    /// What a guest sends from one of its ports is with one thread, so a single flow is no faster. Each thread
+    /// has its own descriptors for events, tables and buffers: up to 272 frames of each guest can wait for
+    /// each of them. The [limits](Self::limits) hold for all of them together: each has its part, rounded up.
+    /// Which part a guest needs follows from its ports, so it may meet a limit a little before it has all of
+    /// it.
+    ///
+    /// An interface that asks for another number than its range has, or than its network has, does not start.
+    pub fn workers(mut self, number: usize) -> Self {
+        self.workers = number;
+        self
+    }
+
+    pub(crate) fn number_of_workers(&self) -> usize {
+        self.workers
+    }
+
     /// The settings as names and values, by which a network tells whether two are the same.
     pub(crate) fn rows(&self) -> Vec<(&'static str, String)> {
         fn list<T: fmt::Display>(items: &[T]) -> String {
@@ -94,6 +135,7 @@ impl NatSettings {
             ("host_port", list(&self.host_ports)),
             ("forward", list(&self.forwards)),
             ("nat limits", format!("{:?}", self.limits)),
+            ("nat workers", self.workers.to_string()),
             ("endpoint_independent", self.endpoint_independent.to_string()),
             (
                 "resolvers",

@@ -1,20 +1,20 @@
-//! The thread that translates for a network.
+//! A thread that translates for a network: one of its workers.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::mpsc::{SyncSender, TrySendError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vmring_core::offload::OffloadHeader;
 use vmring_embedded::limits::{ROUTER_BATCH, ROUTER_FRAMES};
 use vmring_embedded::{Ipv6Config, NetworkConfig, RouterBatch, RouterEnd};
-use vmring_nat::dns::names::{GATEWAY_NAME, HOST_NAME};
+use vmring_nat::dns::names::{GATEWAY_NAME, HOST_NAME, Names};
 use vmring_nat::sys::{Events, Host};
 use vmring_nat::{
     Counters, DatagramFlow, FlowInfo, ForwardError, ForwardInfo, ForwardRule, GuestFrame, Nat,
-    NatConfig, PolicyRules, Port, Prefix, Protocol,
+    NatConfig, PolicyRules, Port, Prefix, Protocol, Sockets, Sources,
 };
 
-use super::guests::{Addresses, Guests};
+use super::guests::{Directory, Guests};
 use super::ipv6::Discovery;
 use super::limits::{BATCHES, EVENTS};
 use super::settings::NatSettings;
@@ -44,10 +44,26 @@ pub struct NatReport {
     pub descriptors: usize,
 }
 
+impl NatReport {
+    /// Adds what another thread of the network does.
+    pub(super) fn add(&mut self, other: Self) {
+        self.counters.add_all(&other.counters);
+        self.tcp_flows.extend(other.tcp_flows);
+        self.datagram_flows.extend(other.datagram_flows);
+        self.forwards.extend(other.forwards);
+        self.entries += other.entries;
+        self.descriptors += other.descriptors;
+    }
+}
+
 /// What the thread is asked to do, besides translating.
 pub(super) enum Command {
     Add(ForwardRule, SyncSender<Result<SocketAddr, ForwardError>>),
     Remove(Protocol, SocketAddr, bool, SyncSender<bool>),
+    /// Where forwards listen.
+    Places(SyncSender<Vec<(Protocol, SocketAddr)>>),
+    /// Gives up a port of the host that flows of UDP have, because another thread has a forward for it.
+    GiveUp(u16, SyncSender<()>),
     Report(SyncSender<NatReport>),
 }
 
@@ -83,14 +99,13 @@ impl Commands {
     }
 }
 
-/// What the thread works with, as it is before the thread starts.
+/// What a thread works with, as it is before the thread starts.
 pub(super) struct Worker {
     host: Host,
     config: NatConfig,
     policy: PolicyRules,
     mtu: u32,
     has_ipv6: bool,
-    reservations: Vec<([u8; 6], Ipv4Addr)>,
 }
 
 impl Worker {
@@ -106,10 +121,14 @@ impl Worker {
         let bits = u32::from(network.ipv4.mask).leading_ones() as u8;
         config.subnet_v4 = Prefix::new(gateway.into(), bits).unwrap_or(config.subnet_v4);
         config.limits = settings.limits;
+        // What the process may have is shared as well.
+        let descriptors = host.capabilities().descriptors;
+        config.limits.descriptors = config.limits.descriptors.min(descriptors);
+        config.limits = config.limits.share(settings.workers);
         config.endpoint_independent = settings.endpoint_independent;
         config.resolvers = settings.resolvers.clone();
         // What a port's guest may send at once has a place in its outbox.
-        config.limits.port.inbox_frames = match settings.limits.port.inbox_frames {
+        config.limits.port.inbox_frames = match config.limits.port.inbox_frames {
             0 => ROUTER_FRAMES,
             frames => frames.min(ROUTER_FRAMES),
         };
@@ -122,38 +141,56 @@ impl Worker {
             policy.host_address = addresses.into_iter().flatten().collect();
             policy.host_ports.clone_from(&settings.host_ports);
         }
+        Self { host, config, policy, mtu: network.mtu, has_ipv6: gateway_v6.is_some() }
+    }
+
+    /// What the first worker of a network knows of its guests, for all of them.
+    pub(super) fn directory(&self, network: &NetworkConfig) -> Directory {
+        let config = &self.config;
+        let subnets = [config.subnet_v4, config.subnet_v6];
+        let gateway = [config.gateway_v4.into(), config.gateway_v6.into()];
+        let sources = Sources::new(subnets, gateway);
+        let gateway: &[IpAddr] = if self.has_ipv6 { &gateway } else { &gateway[..1] };
+        // Without a port of the host, nothing is worth a try over IPv6.
+        let has_ports = !self.policy.host_ports.is_empty();
+        let host_address = if has_ports { gateway } else { &gateway[..1] };
+        let mut names = Names::new(subnets);
+        for (name, addresses) in [(HOST_NAME, host_address), (GATEWAY_NAME, gateway)] {
+            // Both are names of the right form, and the first two of the table.
+            let _ = names.set(name, addresses);
+        }
         let reservations = &network.reservations;
-        let reservations =
-            reservations.iter().map(|(mac, address)| (mac.into_array(), *address)).collect();
-        let has_ipv6 = gateway_v6.is_some();
-        Self { host, config, policy, mtu: network.mtu, has_ipv6, reservations }
+        let reservations = reservations.iter().map(|(mac, address)| (mac.into_array(), *address));
+        Directory::new(sources, names, reservations)
     }
 }
 
 /// Translates until it is stopped.
-pub(super) fn run(worker: Worker, end: RouterEnd<PostedSlot>, commands: &Commands) {
-    let Worker { host, config, policy, mtu, has_ipv6, reservations } = worker;
-    let gateway = [config.gateway_v4.into(), config.gateway_v6.into()];
-    let gateway: &[IpAddr] = if has_ipv6 { &gateway } else { &gateway[..1] };
-    // Without a port of the host, nothing is worth a try over IPv6.
-    let host_address = if policy.host_ports.is_empty() { &gateway[..1] } else { gateway };
-    let names = [(HOST_NAME, host_address), (GATEWAY_NAME, gateway)];
-    let start = Instant::now();
-    let mut nat = Nat::with_policy(config, host, Box::new(policy), Duration::ZERO);
-    for (name, addresses) in names {
-        // Both are names of the right form, and the first two of the table.
-        let _ = nat.names_mut().set(name, addresses);
+pub(super) fn run(
+    worker: Worker,
+    end: RouterEnd<PostedSlot>,
+    directory: &Directory,
+    commands: &Commands,
+) {
+    let Worker { host, config, policy, mtu, has_ipv6 } = worker;
+    let is_first = end.worker() == 0;
+    let mut nat = Nat::with_policy(config, host, Box::new(policy), directory.now());
+    nat.share_sources(directory.sources());
+    if is_first {
+        directory.set_first(nat.sockets().waker());
     }
-    let mut discovery = Discovery::new(has_ipv6);
-    let mut addresses = Addresses::new(reservations, &mut nat);
+    let mut discovery = Discovery::new(has_ipv6, is_first);
+    let mut names_told = 0;
     let mut guests = Guests::new(end, mtu);
     let mut batch = RouterBatch::new();
     let mut events = Events::new(EVENTS);
     // Relaxed: the wake comes after the store.
     while !commands.stopped.load(Ordering::Relaxed) {
-        let now = start.elapsed();
-        take_turn(&mut nat, &mut guests, &mut addresses, &mut batch, now);
-        discovery.turn(&mut nat, &mut guests, now);
+        let now = directory.now();
+        forget_ports(&mut nat, &mut guests, &mut names_told, now);
+        directory.follow(&guests, &mut nat, &mut names_told, now);
+        take_turn(&mut nat, &mut guests, &mut batch, now);
+        discovery.turn(&mut nat, &mut guests, directory, now);
         for command in commands.take() {
             obey(command, &mut nat, &mut guests, now);
         }
@@ -171,30 +208,30 @@ pub(super) fn run(worker: Worker, end: RouterEnd<PostedSlot>, commands: &Command
             std::thread::sleep(Duration::from_millis(1));
         }
         guests.end.disarm();
-        let now = start.elapsed();
+        let now = directory.now();
         for (token, readiness) in events.iter() {
             nat.on_ready(token, readiness, now, &mut guests);
         }
     }
-    nat.close(start.elapsed(), &mut guests);
+    nat.close(directory.now(), &mut guests);
     guests.end.flush();
 }
 
-/// Translates what guests have sent, a batch of each in turn.
-fn take_turn(
-    nat: &mut Nat<Host>,
-    guests: &mut Guests,
-    addresses: &mut Addresses,
-    batch: &mut RouterBatch,
-    now: Duration,
-) {
+/// Looks which ports have frames, and forgets those that have left.
+fn forget_ports(nat: &mut Nat<Host>, guests: &mut Guests, names_told: &mut u64, now: Duration) {
     let mut left = Vec::new();
-    guests.end.look(|port, _| left.push(Port(port)));
-    for port in left {
+    guests.end.look(|port, generation| left.push((Port(port), generation)));
+    for (port, generation) in left {
         guests.port_left(port);
+        nat.sources().set_generation(port, generation);
         nat.port_left(port, now, guests);
+        // The names of a port that has the number now are gone with its own.
+        *names_told = 0;
     }
-    addresses.follow(guests, nat, now);
+}
+
+/// Translates what guests have sent, a batch of each in turn.
+fn take_turn(nat: &mut Nat<Host>, guests: &mut Guests, batch: &mut RouterBatch, now: Duration) {
     for _ in 0..BATCHES {
         let Some(port) = guests.end.receive(batch) else { break };
         let nothing: (&[u8], OffloadHeader) = (&[], OffloadHeader::NONE);
@@ -202,6 +239,7 @@ fn take_turn(
             let (bytes, header) = batch.get(index).unwrap_or(nothing);
             GuestFrame { bytes, header }
         });
+        nat.sources().set_generation(Port(port), batch.generation());
         nat.from_guest(Port(port), &frames[..batch.len()], now, guests);
     }
     guests.end.give_back(batch);
@@ -228,6 +266,13 @@ fn obey(command: Command, nat: &mut Nat<Host>, guests: &mut Guests, now: Duratio
         Command::Remove(protocol, at, cut, answer) => {
             let removed = nat.remove_forward(protocol, at, cut, now, guests);
             let _ = answer.try_send(removed);
+        }
+        Command::Places(answer) => {
+            let _ = answer.try_send(nat.forward_places().collect());
+        }
+        Command::GiveUp(port, answer) => {
+            nat.give_up_port(port, now, guests);
+            let _ = answer.try_send(());
         }
         Command::Report(answer) => {
             let (entries, descriptors) = nat.usage();
