@@ -48,8 +48,12 @@ pub(crate) struct NatArgs {
     /// (bytes) or descriptors; can be repeated
     #[arg(long, value_name = "NAME=NUMBER")]
     pub(crate) limit: Vec<Limit>,
+    /// Translate by so many threads, from 1 to 8, each with flows of its own; the limits hold for all of
+    /// them together [default: 1]
+    #[arg(long, value_name = "NUMBER", value_parser = workers)]
+    pub(crate) nat_workers: Option<usize>,
     /// Leave guests without a way out
-    #[arg(long, conflicts_with_all = ["forward", "deny", "allow", "host_port", "dns", "limit"])]
+    #[arg(long, conflicts_with_all = ["forward", "deny", "allow", "host_port", "dns", "limit", "nat_workers"])]
     pub(crate) no_nat: bool,
 }
 
@@ -58,6 +62,13 @@ fn prefix(text: &str) -> Result<Ipv6Addr, String> {
     let wrong =
         || format!("'{text}' is no prefix of IPv6 with 64 bits, like fd12:3456:789a:1::/64");
     text.strip_suffix("/64").and_then(|address| address.parse().ok()).ok_or_else(wrong)
+}
+
+/// Reads a number of threads.
+fn workers(text: &str) -> Result<usize, String> {
+    let number = text.parse().ok().filter(|number| NatSettings::WORKERS.contains(number));
+    let (least, most) = (NatSettings::WORKERS.start(), NatSettings::WORKERS.end());
+    number.ok_or_else(|| format!("'{text}' is no number from {least} to {most}"))
 }
 
 impl NatArgs {
@@ -80,6 +91,8 @@ impl NatArgs {
             "--dns"
         } else if !self.limit.is_empty() {
             "--limit"
+        } else if self.nat_workers.is_some() {
+            "--nat-workers"
         } else if self.no_ipv6 {
             "--no-ipv6"
         } else {
@@ -128,6 +141,7 @@ impl NatArgs {
             self.limit.iter().for_each(|one| one.apply(&mut limits));
             settings.limits(limits)
         };
+        let settings = self.nat_workers.iter().fold(settings, |all, one| all.workers(*one));
         if self.dns.is_empty() {
             return settings;
         }

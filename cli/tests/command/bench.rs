@@ -256,6 +256,7 @@ fn a_plot_that_cannot_be_written_is_refused_and_leaves_nothing() {
 #[test]
 fn a_bench_takes_the_way_out_of_the_embedded_network() {
     let deny = ["--deny", "10.0.0.0/8", "--allow", "10.0.0.53:53,udp", "--limit", "flows=16"];
+    let deny = [&deny[..], &["--nat-workers", "2"]].concat();
     for options in [&[&deny[..], &["--forward", "0=192.168.64.2:22"]].concat()[..], &["--no-nat"]] {
         whole(&bench(options), 1514, 32);
     }
@@ -273,4 +274,11 @@ fn a_bench_takes_the_way_out_of_the_embedded_network() {
     assert!(message.contains("--dns cannot be used"), "{message}");
     assert!(refused(&["bench", "--limit", "flow=1"]).contains("NAME=NUMBER"));
     assert!(refused(&["bench", "--no-nat", "--limit", "flows=1"]).contains("cannot be used"));
+    assert!(refused(&["bench", "--no-nat", "--nat-workers", "2"]).contains("cannot be used"));
+    let message = refused(&["bench", "--device", "loopback", "--nat-workers", "2"]);
+    assert!(message.contains("--nat-workers cannot be used"), "{message}");
+    for number in ["0", "9", "many"] {
+        let message = refused(&["bench", "--nat-workers", number]);
+        assert!(message.contains("is no number from 1 to 8"), "{message}");
+    }
 }
