@@ -69,6 +69,9 @@
 //!    from the moment its buffer pointer is stored until it is collected or taken back. If the
 //!    collector moves a buffer, it stores the pointer anew. So a sender needs the pointer only, and
 //!    the buffers stay in the receiver's cache.
+//! 5. *A claim ends, whoever made it.* If a copy panics, its packet becomes one of no bytes, in the same
+//!    buffers. So does the rest of a [`Claim`] that is dropped. If the receiver's own copy panics, out of
+//!    the overflow ring, that frame leaves the ring all the same.
 //!
 //! # What crosses between processors
 //!
@@ -405,6 +408,9 @@ pub struct Inbox<B> {
     buffers: Box<[UnsafeCell<Option<B>>]>,
     overflow: Overflow,
     max_frame: usize,
+    /// In which of the next copies the models panic; see [`Inbox::die_at`].
+    #[cfg(loom)]
+    dies_at: std::sync::atomic::AtomicU32,
     /// The number of posted cells minus one.
     mask: usize,
     /// The least bytes of a buffer whose pointer is in `buffer_ptrs`. No buffer has as many if the
@@ -461,6 +467,23 @@ impl<B: PacketBuffer> Inbox<B> {
         Self::build(depth, overflow, max_frame, start, false)
     }
 
+    /// For models: the copy of this number panics, on whichever thread that is, once. Each part of a
+    /// packet is a copy, and they count from 1. The counter is not loom's, so it adds no interleavings.
+    #[cfg(loom)]
+    #[doc(hidden)]
+    pub fn die_at(&self, copy: u32) {
+        self.dies_at.store(copy, Ordering::Relaxed);
+    }
+
+    /// Stands for a mistake in the code that copies, which runs no code of others.
+    #[inline(always)]
+    fn begin_copy(&self) {
+        #[cfg(loom)]
+        if self.dies_at.fetch_sub(1, Ordering::Relaxed) == 1 {
+            std::panic::resume_unwind(Box::new("on purpose"));
+        }
+    }
+
     fn build(depth: u32, overflow: u32, max_frame: usize, start: u32, headers: bool) -> Self {
         assert!(depth > 0, "an inbox needs at least one cell");
         assert!(
@@ -489,6 +512,8 @@ impl<B: PacketBuffer> Inbox<B> {
             buffers: (0..depth).map(|_| UnsafeCell::new(None)).collect(),
             overflow: Overflow::new(overflow as usize, header_len + max_frame),
             max_frame,
+            #[cfg(loom)]
+            dies_at: std::sync::atomic::AtomicU32::new(0),
             mask: depth as usize - 1,
             least_bytes: if headers { usize::MAX } else { max_frame },
         }
@@ -841,8 +866,9 @@ impl<B: PacketBuffer> Inbox<B> {
     #[inline]
     fn fill(&self, first: u32, end: u32, packet: Packet<'_>, flags: u32) {
         if first.wrapping_add(1) == end {
+            let filling = Filling { inbox: self, first, end, flags };
             let len = self.copy_part(first, packet, 0..packet.len(), Some(1), None);
-            self.end_claim(first, filled(first, len, flags));
+            filling.end(len);
         } else {
             self.fill_group(first, end, packet, flags);
         }
@@ -852,6 +878,7 @@ impl<B: PacketBuffer> Inbox<B> {
     /// collector looks at none of them.
     #[inline(never)]
     fn fill_group(&self, first: u32, end: u32, packet: Packet<'_>, flags: u32) {
+        let filling = Filling { inbox: self, first, end, flags: flags | MORE };
         let count = end.wrapping_sub(first);
         let mut at = 0;
         let mut first_len = 0;
@@ -871,7 +898,7 @@ impl<B: PacketBuffer> Inbox<B> {
                 }
             }
         }
-        self.end_claim(first, filled(first, first_len, flags | MORE));
+        filling.end(first_len);
     }
 
     /// Copies `frame` into the posted buffer `index`, which has space for it. Returns its length, or 0
@@ -879,6 +906,7 @@ impl<B: PacketBuffer> Inbox<B> {
     #[inline]
     fn copy(&self, index: u32, frame: &[u8]) -> usize {
         debug_assert!(frame.len() <= self.max_frame);
+        self.begin_copy();
         self.buffer_ptr(index).with_mut(|ptr| {
             // SAFETY: invariant 1: the caller owns the cell until `end_claim` stores its state.
             let ptr = unsafe { *ptr };
@@ -923,6 +951,7 @@ impl<B: PacketBuffer> Inbox<B> {
         count: Option<u16>,
         rest: Option<&Segments<'_>>,
     ) -> usize {
+        self.begin_copy();
         self.buffer_ptr(index).with_mut(|ptr| {
             // SAFETY: as in `copy`.
             let ptr = unsafe { *ptr };
@@ -1027,14 +1056,22 @@ impl<B: PacketBuffer> Inbox<B> {
         self.overflow.cell_len - self.max_frame
     }
 
-    /// Copies a packet into the overflow cell `index`. The caller has moved `pushed` past the cell.
+    /// Copies a packet into the overflow cell `index`, and hands it over. The caller has moved `pushed`
+    /// past the cell.
     fn fill_overflow(&self, index: u32, packet: Packet<'_>) {
-        let cell = self.overflow.cell(index);
-        cell.access.with_mut(|_| {
+        let mut pushing = Pushing { inbox: self, index, len: 0 };
+        self.copy_to_overflow(index, packet);
+        pushing.len = packet.len();
+    }
+
+    /// Copies a packet into the overflow cell `index`, which the caller owns.
+    fn copy_to_overflow(&self, index: u32, packet: Packet<'_>) {
+        self.overflow.cell(index).access.with_mut(|_| {
+            self.begin_copy();
             let header_len = self.overflow_header_len();
-            // SAFETY: invariant 2: the caller has moved `pushed` past this cell, so its bytes are ours
-            // until the store below: as many as a header, if the inbox has headers, and `max_frame`.
-            // `deliver_packet` has checked that the packet is no longer.
+            // SAFETY: invariant 2: the caller owns this cell, so its bytes are ours until its state is
+            // stored: as many as a header, if the inbox has headers, and `max_frame`. The callers have
+            // checked that the packet is no longer.
             let space = unsafe {
                 let len = header_len + packet.len();
                 core::slice::from_raw_parts_mut(self.overflow.bytes_of(index), len)
@@ -1043,10 +1080,62 @@ impl<B: PacketBuffer> Inbox<B> {
             header.copy_from_slice(&packet.header_for(1)[..header_len]);
             packet.copy_to(0, bytes);
         });
+    }
+
+    /// Marks an overflow cell as one that has a frame of `len` bytes, which makes it the collector's.
+    fn end_push(&self, index: u32, len: usize) {
         // Release: pairs with the Acquire in `fill_from_overflow`, `is_ready` and `close`; the
         // bytes are in the cell. The length is at most `max_frame`, which `starting_at` keeps below
         // 1 GiB.
-        cell.state.store(packet.len() as u32 + 1, Ordering::Release);
+        self.overflow.cell(index).state.store(len as u32 + 1, Ordering::Release);
+    }
+}
+
+/// The overflow cell that a sender has pushed. Dropping this guard hands it over: with the frame, or
+/// with no bytes if the copy panics.
+struct Pushing<'a, B: PacketBuffer> {
+    inbox: &'a Inbox<B>,
+    index: u32,
+    len: usize,
+}
+
+impl<B: PacketBuffer> Drop for Pushing<'_, B> {
+    #[inline]
+    fn drop(&mut self) {
+        self.inbox.end_push(self.index, self.len);
+    }
+}
+
+/// The cells `first..end`, which one packet is being copied into. If the copy panics, this guard makes
+/// the packet one of no bytes, in as many buffers. The copy runs no code of others, so that would be a
+/// mistake in this crate; but whoever catches the panic must not leave a receiver that waits for ever.
+struct Filling<'a, B: PacketBuffer> {
+    inbox: &'a Inbox<B>,
+    first: u32,
+    end: u32,
+    /// The flags of the first cell.
+    flags: u32,
+}
+
+impl<B: PacketBuffer> Filling<'_, B> {
+    /// Hands the first cell over, with `len` bytes in it. The others have their states.
+    #[inline(always)]
+    fn end(self, len: usize) {
+        self.inbox.end_claim(self.first, filled(self.first, len, self.flags));
+        core::mem::forget(self);
+    }
+}
+
+impl<B: PacketBuffer> Drop for Filling<'_, B> {
+    #[cold]
+    fn drop(&mut self) {
+        // The first is the last again. Some of the others may have a state already, which nobody has
+        // looked at.
+        for index in indices(&(self.first..self.end)).rev() {
+            let is_last = index.wrapping_add(1) == self.end;
+            let more = if is_last { 0 } else { MORE };
+            self.inbox.end_claim(index, filled(index, 0, self.flags & WAITED | more));
+        }
     }
 }
 
@@ -1418,22 +1507,30 @@ impl<B: PacketBuffer> Collector<B> {
             if self.collected == self.posted {
                 return None;
             }
-            // Acquire: pairs with the Release in `end_claim`; the sender's copy is complete.
-            let cell_state = self.inbox.cell_state(self.collected).load(Ordering::Acquire);
-            if let Some(with) = filled_with(cell_state, self.collected) {
-                let buffer = self.take()?;
-                if self.gaps > 0 {
-                    self.skip_taken_back();
-                }
-                let len = (with & !(WAITED | MORE)) as usize - 1;
-                let (more, overflow) = (with & MORE != 0, with & WAITED != 0);
-                return Some(Collected { buffer, len, more, overflow });
+            if let Some(packet) = self.collect_filled() {
+                return Some(packet);
             }
             // Relaxed: a hint, see `overflowing`.
             if !self.inbox.overflowing.load(Ordering::Relaxed) || !self.fill_from_overflow() {
                 return None;
             }
         }
+    }
+
+    /// As [`collect`](Self::collect), but leaves the frames of the overflow ring where they are. A
+    /// buffer is posted.
+    #[inline(always)]
+    fn collect_filled(&mut self) -> Option<Collected<B>> {
+        // Acquire: pairs with the Release in `end_claim`; the sender's copy is complete.
+        let cell_state = self.inbox.cell_state(self.collected).load(Ordering::Acquire);
+        let with = filled_with(cell_state, self.collected)?;
+        let buffer = self.take()?;
+        if self.gaps > 0 {
+            self.skip_taken_back();
+        }
+        let len = (with & !(WAITED | MORE)) as usize - 1;
+        let (more, overflow) = (with & MORE != 0, with & WAITED != 0);
+        Some(Collected { buffer, len, more, overflow })
     }
 
     /// Steps over the next cells, as long as their buffer was taken back. A recall leaves such
@@ -1493,45 +1590,28 @@ impl<B: PacketBuffer> Collector<B> {
             return false;
         }
         let waiting = self.inbox.overflow.cell(self.popped);
-        // Acquire: pairs with the Release in `fill_overflow`; the sender's copy is complete.
+        // Acquire: pairs with the Release in `end_push`; the sender's copy is complete.
         let cell_state = waiting.state.load(Ordering::Acquire);
         if cell_state == PENDING {
             return false;
         }
         let len = cell_state as usize - 1;
         let end = self.inbox.cells_for(state, self.posted, len);
-        if let Some(end) = end {
-            waiting.access.with(|_| {
-                let (header, frame) = self.waiting_frame(self.popped, len);
-                let packet = Packet::from(frame).with_offload(&header);
-                // The posted cells are ours (invariant 1): they are not claimed, and the overflow bit
-                // is set. No sender claims before we clear the bit below.
-                self.inbox.fill(self.collected, end, packet, WAITED);
-            });
-        } else if !self.gives_up() {
+        if end.is_none() && !self.gives_up() {
             return false;
         }
-        // Relaxed: published by `popped` below.
-        self.inbox.overflow.cell(self.popped).state.store(PENDING, Ordering::Relaxed);
-        let popped = self.popped.wrapping_add(1) & PUSHED_MASK;
-        let mut state = state;
-        loop {
-            let mut next = state.with_claimed(end.unwrap_or(self.collected));
-            let last = state.pushed() == popped;
-            if last {
-                next = next.without(OVERFLOW); // that was the last frame: senders may claim again
-            }
-            // This store comes before the change: a sender that sets the bit again sets the hint
-            // after its own change.
-            self.inbox.overflowing.store(!last, Ordering::Relaxed);
-            match self.inbox.change(state, next) {
-                Ok(()) => break,
-                Err(now) => state = InboxState(now), // a sender pushed; none can claim
-            }
+        // Whatever becomes of the copy, the frame leaves the ring, and the buffers come back.
+        let popping = Popping { state, end: end.unwrap_or(self.collected), collector: self };
+        if let Some(end) = end {
+            let collector = &*popping.collector;
+            collector.inbox.overflow.cell(collector.popped).access.with(|_| {
+                let (header, frame) = collector.waiting_frame(collector.popped, len);
+                let packet = Packet::from(frame).with_offload(&header);
+                // The posted cells are ours (invariant 1): they are not claimed, and the overflow bit
+                // is set. No sender claims before `popping` clears the bit.
+                collector.inbox.fill(collector.collected, end, packet, WAITED);
+            });
         }
-        self.popped = popped;
-        // Release: pairs with the Acquire in `deliver`; we no longer read the cell.
-        self.inbox.popped.store(popped, Ordering::Release);
         true
     }
 
@@ -1573,16 +1653,12 @@ impl<B: PacketBuffer> Collector<B> {
             state = InboxState(now);
         }
         // We moved `claimed` past these cells, so they are ours.
-        let cells = state.claimed()..self.posted;
+        let mut recalled = Recalled { cells: state.claimed()..self.posted, collector: self };
         let mut count = 0;
-        for index in indices(&cells) {
-            if let Some(buffer) = self.take_from(index) {
-                count += 1;
-                self.gaps += 1;
-                f(buffer);
-            }
+        while let Some(buffer) = recalled.next() {
+            count += 1;
+            f(buffer);
         }
-        self.skip_taken_back();
         count
     }
 
@@ -1678,7 +1754,7 @@ impl<B: PacketBuffer> Collector<B> {
         }
         // Acquire: pairs with the Release in `change`.
         let state = InboxState(self.inbox.state.load(Ordering::Acquire));
-        // Acquire, of the cell's state: pairs with the Release in `fill_overflow`.
+        // Acquire, of the cell's state: pairs with the Release in `end_push`.
         let len = || match self.inbox.overflow.cell(self.popped).state.load(Ordering::Acquire) {
             PENDING => None,
             cell_state => Some(cell_state as usize - 1),
@@ -1727,7 +1803,7 @@ impl<B: PacketBuffer> Collector<B> {
             self.inbox.overflowing.store(true, Ordering::Relaxed);
         }
         while index != state.pushed() {
-            // Acquire: pairs with the Release in `fill_overflow`; the sender no longer uses the
+            // Acquire: pairs with the Release in `end_push`; the sender no longer uses the
             // cell.
             let cell = self.inbox.overflow.cell(index);
             wait(|| cell.state.load(Ordering::Acquire) != PENDING);
@@ -1740,7 +1816,10 @@ impl<B: PacketBuffer> Collector<B> {
     pub fn discard(&mut self, mut f: impl FnMut(B)) -> usize {
         self.close();
         let mut dropped = 0;
-        while let Some(packet) = self.collect() {
+        // Nothing is copied for it: frames that wait are dropped where they are, below.
+        while self.collected != self.posted
+            && let Some(packet) = self.collect_filled()
+        {
             dropped += usize::from(!packet.more);
             f(packet.buffer);
         }
@@ -1794,7 +1873,7 @@ impl<B: PacketBuffer> Collector<B> {
         let mut index = self.popped;
         while index != state.pushed() {
             let cell = self.inbox.overflow.cell(index);
-            // Acquire: pairs with the Release in `fill_overflow`. `close` has waited for it.
+            // Acquire: pairs with the Release in `end_push`. `close` has waited for it.
             let len = cell.state.load(Ordering::Acquire) as usize - 1;
             waiting.push(cell.access.with(|_| {
                 let (header, frame) = self.waiting_frame(index, len);
@@ -1818,7 +1897,8 @@ impl<B: PacketBuffer> Collector<B> {
         let fits =
             packet.len() <= inbox.max_frame && (waiting as usize) < inbox.overflow.cells.len();
         if fits {
-            inbox.fill_overflow(state.pushed(), packet);
+            inbox.copy_to_overflow(state.pushed(), packet);
+            inbox.end_push(state.pushed(), packet.len());
             // Release: pairs with the Acquire in `deliver_if` and `claim_if`.
             inbox.state.store(state.with_push().0, Ordering::Release);
             inbox.overflowing.store(true, Ordering::Relaxed);
@@ -1908,6 +1988,74 @@ impl<B: PacketBuffer> Drop for Collector<B> {
         self.discard(drop);
         // Release: pairs with the Acquire in `open`; the next collector sees our indices.
         self.inbox.has_collector.store(false, Ordering::Release);
+    }
+}
+
+/// The oldest frame of the overflow ring, which goes into the posted cells before `end`, or nowhere.
+/// Dropping this guard, also by a panic, takes the frame out of the ring and the cells from those that
+/// senders may claim.
+struct Popping<'a, B: PacketBuffer> {
+    collector: &'a mut Collector<B>,
+    /// The inbox's state as it was, with the overflow bit set.
+    state: InboxState,
+    end: u32,
+}
+
+impl<B: PacketBuffer> Drop for Popping<'_, B> {
+    #[inline]
+    fn drop(&mut self) {
+        let (end, mut state) = (self.end, self.state);
+        let collector = &mut *self.collector;
+        let inbox = &*collector.inbox;
+        // Relaxed: published by `popped` below.
+        inbox.overflow.cell(collector.popped).state.store(PENDING, Ordering::Relaxed);
+        let popped = collector.popped.wrapping_add(1) & PUSHED_MASK;
+        loop {
+            let mut next = state.with_claimed(end);
+            let last = state.pushed() == popped;
+            if last {
+                next = next.without(OVERFLOW); // that was the last frame: senders may claim again
+            }
+            // This store comes before the change: a sender that sets the bit again sets the hint
+            // after its own change.
+            inbox.overflowing.store(!last, Ordering::Relaxed);
+            match inbox.change(state, next) {
+                Ok(()) => break,
+                Err(now) => state = InboxState(now), // a sender pushed; none can claim
+            }
+        }
+        // Release: pairs with the Acquire in `deliver`; we no longer read the cell.
+        inbox.popped.store(popped, Ordering::Release);
+        collector.popped = popped;
+    }
+}
+
+/// The cells that a recall has claimed and not looked at yet. Dropping this guard, also by a panic of
+/// the caller's function, takes the buffers out that are left, and drops them.
+struct Recalled<'a, B: PacketBuffer> {
+    collector: &'a mut Collector<B>,
+    cells: Range<u32>,
+}
+
+impl<B: PacketBuffer> Recalled<'_, B> {
+    fn next(&mut self) -> Option<B> {
+        while self.cells.start != self.cells.end {
+            let index = self.cells.start;
+            self.cells.start = index.wrapping_add(1);
+            // It is `None` if this buffer was taken back before.
+            if let Some(buffer) = self.collector.take_from(index) {
+                self.collector.gaps += 1;
+                return Some(buffer);
+            }
+        }
+        None
+    }
+}
+
+impl<B: PacketBuffer> Drop for Recalled<'_, B> {
+    fn drop(&mut self) {
+        while self.next().is_some() {}
+        self.collector.skip_taken_back();
     }
 }
 

@@ -477,6 +477,63 @@ fn a_panic_while_choosing_leaves_the_others_posted() {
     assert_eq!(inbox.deliver(&[7]), Delivery::Dropped(Refused::NoBuffer));
 }
 
+/// If the function of a `recall` panics half-way, the other buffers are out too, and a close does not
+/// wait for them.
+#[test]
+fn a_panic_in_a_recall_leaves_no_buffer_behind() {
+    let (inbox, mut collector) = open(8, 0, u32::MAX - 2);
+    (0..6).for_each(|number| collector.post(buffer(number)).unwrap());
+    assert_eq!(inbox.deliver(&[7]), Delivery::Direct);
+    let mut back = Vec::new();
+    let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        collector.recall(|buffer| {
+            back.push(buffer.number);
+            assert!(buffer.number < 3, "on purpose");
+        })
+    }));
+    assert!(caught.is_err());
+    assert_eq!((back, collector.posted()), (vec![1, 2, 3], 1));
+    assert_eq!(inbox.deliver(&[7]), Delivery::Dropped(Refused::NoBuffer));
+    assert_eq!(collector.collect().unwrap().buffer.number, 0);
+    (0..8).for_each(|number| collector.post(buffer(number)).unwrap());
+    assert_eq!(inbox.deliver(&[7]), Delivery::Direct);
+    collector.close();
+    assert_eq!(collector.collect().unwrap().buffer.number, 0);
+    assert_eq!(collector.recall(drop), 7);
+}
+
+/// A claim whose owner panics between two frames ends. What it has filled arrives, and the others come
+/// back without bytes.
+#[test]
+fn a_panic_between_two_frames_of_a_claim_ends_it() {
+    let (inbox, mut collector) = open(8, 0, u32::MAX - 2);
+    (0..5).for_each(|number| collector.post(buffer(number)).unwrap());
+    let caught = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let mut claim = inbox.claim(4).unwrap();
+        let frames = [1, 2, 3].map(|byte| [byte; 9]);
+        frames.iter().for_each(|frame| assert!(claim.fill(frame) && frame[0] < 2, "on purpose"));
+    }));
+    assert!(caught.is_err());
+    assert_eq!(inbox.deliver(&[7]), Delivery::Direct);
+    for (number, len) in [(0, 9), (1, 9), (2, 0), (3, 0), (4, 1)] {
+        let packet = collector.collect().unwrap();
+        assert_eq!((packet.buffer.number, packet.len, packet.more), (number, len, false));
+    }
+    collector.close();
+    assert_eq!(collector.posted(), 0);
+}
+
+/// Who drops what has arrived copies nothing of it: frames that wait stay out of the buffers.
+#[test]
+fn what_is_discarded_is_not_copied() {
+    let (inbox, mut collector) = open(4, 2, u32::MAX);
+    assert_eq!([1, 2].map(|byte| inbox.deliver(&[byte])), [Delivery::Overflow; 2]);
+    (0..3).for_each(|number| collector.post(buffer(number)).unwrap());
+    let mut back = Vec::new();
+    assert_eq!(collector.discard(|buffer| back.push(buffer)), 2);
+    assert_eq!(back.iter().map(|buffer| buffer.bytes[0]).collect::<Vec<_>>(), [0xee; 3]);
+}
+
 /// A `recall_if` keeps the other buffers within the senders' reach. More buffers are posted than
 /// frames ever come at a time, and there is no overflow ring: no frame is dropped, whether any
 /// buffer is taken back or not.

@@ -6,6 +6,7 @@
 //! The bound is three preemptions (`LOOM_MAX_PREEMPTIONS` overrides it).
 #![cfg(loom)]
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc as StdArc;
 
 use loom::sync::Arc;
@@ -816,4 +817,266 @@ fn a_frame_that_is_given_up_does_not_hold_up_the_next() {
         assert_eq!(collector.collect().map(part), Some((vec![5, 6], false)));
         assert!(!matches!(sender.join().unwrap(), Delivery::Dropped(_)));
     });
+}
+
+/// As `open_small`, where the copy of this number panics, once. Copies count from 1: one for each part
+/// of a packet, and one for a packet that goes to the overflow ring.
+fn open_mortal(
+    posted: u64,
+    overflow: u32,
+    dies_at: u32,
+) -> (Arc<Inbox<Small>>, Collector<Small>, SegmentTable) {
+    let (inbox, collector, table) = open_small(posted, overflow);
+    inbox.die_at(dies_at);
+    (inbox, collector, table)
+}
+
+/// Delivers a packet. `None` if the sender died of it.
+fn deliver_or_die(inbox: &Inbox<Small>, packet: &[u8]) -> Option<Delivery> {
+    catch_unwind(AssertUnwindSafe(|| inbox.deliver(packet))).ok()
+}
+
+/// The parts of a packet of two buffers whose sender died.
+fn dead() -> [(Vec<u8>, bool); 2] {
+    [(Vec::new(), true), (Vec::new(), false)]
+}
+
+/// A close finds all buffers of a packet whose sender dies, at whichever part, and waits for none.
+#[test]
+fn a_close_survives_the_death_of_a_sender() {
+    for dies_at in [1, 2] {
+        check(move || {
+            let (inbox, mut collector, table) = open_mortal(3, 0, dies_at);
+            let sender = {
+                let inbox = inbox.clone();
+                thread::spawn(move || deliver_or_die(&inbox, &[1, 2, 3, 4]))
+            };
+            collector.close();
+            let mut parts = Vec::new();
+            while let Some(packet) = collector.collect() {
+                parts.push(part(packet));
+            }
+            let left = collector.recall(drop);
+            assert_eq!(collector.posted(), 0);
+            match sender.join().unwrap() {
+                None => assert_eq!((&parts[..], left), (&dead()[..], 1)),
+                Some(delivery) => {
+                    assert_eq!(delivery, Delivery::Dropped(Refused::Closed));
+                    assert_eq!((parts.len(), left), (0, 3));
+                }
+            }
+            drop(table);
+        });
+    }
+}
+
+/// A recall leaves a packet whose sender dies whole or not at all, and takes each other buffer once.
+#[test]
+fn a_recall_survives_the_death_of_a_sender() {
+    for dies_at in [1, 2] {
+        check(move || {
+            let (inbox, mut collector, _table) = open_mortal(3, 0, dies_at);
+            let sender = {
+                let inbox = inbox.clone();
+                thread::spawn(move || deliver_or_die(&inbox, &[1, 2, 3, 4]))
+            };
+            let left = collector.recall(drop);
+            let packet = match sender.join().unwrap() {
+                None => dead().map(Some),
+                Some(delivery) => {
+                    assert_eq!(delivery, Delivery::Dropped(Refused::NoBuffer));
+                    [None, None]
+                }
+            };
+            assert_eq!(left, if packet[0].is_some() { 1 } else { 3 });
+            assert_eq!([(); 2].map(|()| collector.collect().map(part)), packet);
+            assert!(collector.collect().is_none() && collector.posted() == 0);
+        });
+    }
+}
+
+/// A sender dies of a frame that goes to the overflow ring. A close ends, the frame has no bytes, and
+/// the frame of another sender arrives.
+#[test]
+fn the_overflow_ring_survives_the_death_of_a_sender() {
+    check(|| {
+        let (inbox, mut collector, table) = open_mortal(0, 2, 1);
+        let senders: Vec<_> = [[1, 1], [2, 2]]
+            .into_iter()
+            .map(|packet| {
+                let inbox = inbox.clone();
+                thread::spawn(move || deliver_or_die(&inbox, &packet))
+            })
+            .collect();
+        collector.close();
+        (0..2).for_each(|place| collector.post(small(&table, place)).unwrap());
+        let seen: Vec<_> = core::iter::from_fn(|| collector.collect().map(part)).collect();
+        let mut came = Vec::new();
+        for (sender, byte) in senders.into_iter().zip(1..) {
+            match sender.join().unwrap() {
+                None => came.push((Vec::new(), false)),
+                Some(Delivery::Overflow) => came.push((vec![byte; 2], false)),
+                Some(delivery) => assert_eq!(delivery, Delivery::Dropped(Refused::Closed)),
+            }
+        }
+        assert!(seen.len() == came.len() && seen.iter().all(|packet| came.contains(packet)));
+        assert_eq!(collector.recall(drop), 2 - seen.len());
+    });
+}
+
+/// A choice among the buffers ends though a sender dies meanwhile, and takes no buffer of its packet.
+#[test]
+fn a_choice_survives_the_death_of_a_sender() {
+    for dies_at in [1, 2] {
+        check(move || {
+            let (inbox, mut collector, _table) = open_mortal(3, 0, dies_at);
+            let sender = {
+                let inbox = inbox.clone();
+                thread::spawn(move || deliver_or_die(&inbox, &[1, 2, 3, 4]))
+            };
+            let second =
+                |small: &mut Small| small.0.segments().next().unwrap().guest_address() == 2;
+            let taken = collector.recall_if(second, drop);
+            assert_eq!(sender.join().unwrap(), None);
+            assert_eq!([(); 2].map(|()| collector.collect().map(part)), dead().map(Some));
+            assert!(collector.collect().is_none());
+            assert_eq!(collector.posted() + taken, 1);
+        });
+    }
+}
+
+/// One of two senders dies. The other's packet arrives once and whole, in its own buffers.
+#[test]
+fn the_death_of_a_sender_costs_its_own_packet() {
+    for dies_at in [1, 2] {
+        check(move || {
+            let (inbox, mut collector, _table) = open_mortal(4, 0, dies_at);
+            let senders: Vec<_> = [[1, 1, 1, 1], [2, 2, 2, 2]]
+                .into_iter()
+                .map(|packet| {
+                    let inbox = inbox.clone();
+                    thread::spawn(move || deliver_or_die(&inbox, &packet))
+                })
+                .collect();
+            let mut seen = Vec::new();
+            while seen.len() < 2 {
+                let Some(packet) = collector.collect() else {
+                    thread::yield_now();
+                    continue;
+                };
+                let (bytes, more) = part(packet);
+                let (rest, end) = part(collector.collect().expect("the rest is there at once"));
+                assert!(more && !end && bytes == rest, "{bytes:?} {rest:?}");
+                seen.push(bytes.first().copied());
+            }
+            let lives: Vec<_> = senders
+                .into_iter()
+                .map(|sender| match sender.join().unwrap() {
+                    None => None,
+                    Some(delivery) => {
+                        assert_eq!(delivery, Delivery::Direct);
+                        Some(())
+                    }
+                })
+                .collect();
+            // The one that lives is the one whose bytes arrived.
+            let lived = lives.iter().position(Option::is_some).map(|at| at as u8 + 1);
+            assert_eq!(lives.iter().flatten().count(), 1);
+            seen.sort_unstable();
+            assert_eq!(seen, [None, lived]);
+        });
+    }
+}
+
+/// A receiver dies of a frame that has waited, while a sender comes. That frame is gone, its buffers
+/// come back, and the sender's frame arrives.
+#[test]
+fn the_death_of_a_receiver_costs_the_frame_it_moves() {
+    for dies_at in [1, 2] {
+        check(move || {
+            // The first copy is the sender's.
+            let (inbox, mut collector, table) = open_mortal(0, 2, 1 + dies_at);
+            assert_eq!(inbox.deliver(&[1, 2, 3, 4]), Delivery::Overflow);
+            (0..3).for_each(|place| collector.post(small(&table, place)).unwrap());
+            catch_unwind(AssertUnwindSafe(|| collector.collect())).expect_err("it dies");
+            let sender = {
+                let inbox = inbox.clone();
+                thread::spawn(move || inbox.deliver(&[5, 6]))
+            };
+            assert_eq!([(); 2].map(|()| collector.collect().map(part)), dead().map(Some));
+            let packet = loop {
+                match collector.collect() {
+                    Some(packet) => break part(packet),
+                    None => thread::yield_now(),
+                }
+            };
+            assert_eq!(packet, (vec![5, 6], false));
+            assert!(!matches!(sender.join().unwrap(), Delivery::Dropped(_)));
+            assert_eq!(collector.posted(), 0);
+        });
+    }
+}
+
+/// A claim that is dropped before it is filled, against what `end` does. Its frame arrives if it has
+/// one, its other buffers come back empty, and each buffer comes back once.
+fn a_claim_is_dropped(filled: usize, end: fn(&mut Collector<Buffer>) -> Vec<u8>) {
+    check(move || {
+        let (inbox, mut collector) = open(4, 0);
+        (0..3).for_each(|number| collector.post(buffer(number)).unwrap());
+        let sender = {
+            let inbox = inbox.clone();
+            thread::spawn(move || {
+                let claim = inbox.claim(2).map(|mut claim| {
+                    (0..filled).for_each(|_| assert!(claim.fill(&[7, 7])));
+                    claim.left() + filled
+                });
+                claim.unwrap_or(0)
+            })
+        };
+        let mut back = end(&mut collector);
+        let claimed = sender.join().unwrap();
+        for at in 0..claimed {
+            let packet = collector.collect().expect("a claim ends when it is dropped");
+            let expected = if at < filled { 2 } else { 0 };
+            assert_eq!((packet.len, packet.more), (expected, false));
+            back.push(packet.buffer.number);
+        }
+        assert!(collector.collect().is_none());
+        collector.recall(|buffer| back.push(buffer.number));
+        assert_eq!(collector.posted(), 0);
+        back.sort_unstable();
+        assert_eq!(back, [0, 1, 2]);
+    });
+}
+
+#[test]
+fn a_close_survives_a_dropped_claim() {
+    for filled in [0, 1] {
+        a_claim_is_dropped(filled, |collector| {
+            collector.close();
+            Vec::new()
+        });
+    }
+}
+
+#[test]
+fn a_recall_survives_a_dropped_claim() {
+    for filled in [0, 1] {
+        a_claim_is_dropped(filled, |collector| {
+            let mut back = Vec::new();
+            collector.recall(|buffer| back.push(buffer.number));
+            back
+        });
+    }
+}
+
+#[test]
+fn a_choice_survives_a_dropped_claim() {
+    for filled in [0, 1] {
+        a_claim_is_dropped(filled, |collector| {
+            let mut back = Vec::new();
+            collector.recall_if(|buffer| buffer.number == 1, |buffer| back.push(buffer.number));
+            back
+        });
+    }
 }
