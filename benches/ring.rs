@@ -110,7 +110,7 @@ fn wakeup(c: &mut Criterion) {
 fn forward(c: &mut Criterion) {
     for (size, mtu) in [(60, 1500), (1514, 1500), (65_535, 65_521)] {
         let start = |name| {
-            let driver = Embedded::network(name);
+            let driver = Embedded::network(name).no_ipv6();
             Interface::builder().device(driver).mtu(mtu).start().expect("the network starts")
         };
         let name = format!("bench-{size}");

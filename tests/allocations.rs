@@ -163,7 +163,8 @@ fn loopback(what: &str, packets: u64, drive: Drive<'_>) {
 /// Two interfaces that send to each other.
 fn embedded(what: &str, packets: u64, drive: Drive<'_>) {
     let join = || {
-        let driver = Embedded::network(what);
+        // No router advertisement is among the packets.
+        let driver = Embedded::network(what).no_ipv6();
         Interface::builder().device(driver).start().expect("a port")
     };
     between(what, packets, drive, (join(), join()));
@@ -195,7 +196,8 @@ fn between(what: &str, packets: u64, drive: Drive<'_>, (a, b): (Interface, Inter
 
 /// Sends as fast as credits come back, and wants no completion.
 fn skipping(what: &str, packets: u64, drive: Drive<'_>) {
-    let interface = Interface::builder().device(Embedded::network(what)).start().expect("a port");
+    let interface =
+        Interface::builder().device(Embedded::network(what).no_ipv6()).start().expect("a port");
     let mut ring = interface.ring(Direction::Write).drive(drive).build().expect("a ring");
     let mut packet = [0x5a; 60];
     packet[..6].fill(0xff);

@@ -12,14 +12,14 @@ use vmring::device::fault::Faults;
 use vmring::device::{PostedSlot, Progress};
 use vmring::pool::{Backing, Layout};
 use vmring::{
-    CloseReason, CompletionQueue, Direction, Drive, Embedded, EntryError, Error, Frame, Interface,
-    Loopback, Pool, PoolBuilder, RetryPolicy, Ring, RingOp, Status, SubmitErrorKind,
+    CloseReason, CompletionQueue, Direction, Drive, EntryError, Error, Frame, Interface, Loopback,
+    Pool, PoolBuilder, RetryPolicy, Ring, RingOp, Status, SubmitErrorKind,
 };
 use vmring_core::HeapBacking;
 
 use crate::support::{
     LONG, Script, ScriptQueue, eventually, every_way, guarded, inline, loopback, number_of, post,
-    reap, reap_n, scaled, send, stage, take_writes, unique,
+    quiet_network, reap, reap_n, scaled, send, stage, take_writes, unique,
 };
 
 /// Memory that counts how often it is freed.
@@ -90,7 +90,7 @@ fn keeping_in(lets_go: bool, kept: Arc<Mutex<Vec<PostedSlot>>>) -> Interface {
 fn close_completes_everything_in_flight_as_cancelled() {
     guarded(|| {
         every_way(|way, poller| {
-            let embedded = Embedded::network(unique("close"));
+            let embedded = quiet_network(unique("close"));
             let embedded = Interface::builder().device(embedded).start().unwrap();
             let hold = Faults::seeded(1).engine(Duration::from_millis(2), true);
             let engine = hold.wrap(Loopback::new(1500));
@@ -824,7 +824,7 @@ fn a_restart_of_the_interface_keeps_its_rings_alive() {
     guarded(|| {
         let poller = vmring::Poller::start().unwrap();
         for drive in [Drive::Thread, Drive::Shared(&poller)] {
-            let embedded = Embedded::network(unique("restart"));
+            let embedded = quiet_network(unique("restart"));
             let embedded = Interface::builder().device(embedded).start().unwrap();
             for interface in [loopback(), embedded] {
                 let mac = interface.mac();

@@ -10,13 +10,15 @@ use vmring::device::fault::Faults;
 use vmring::device::pcap::Capture;
 use vmring::pool::HEADROOM_DEFAULT;
 use vmring::{
-    Direction, Driver, Embedded, Frame, GuestBuffer, Interface, InterfaceBuilder, Loopback, Poller,
+    Direction, Driver, Frame, GuestBuffer, Interface, InterfaceBuilder, Loopback, Poller,
     RetryPolicy, Ring, RingOp,
 };
 
 use crate::guest_memory::Guest;
 use crate::sockets::Wire;
-use crate::support::{Way, every_way, guarded, packet_between, scaled, stage, unique};
+use crate::support::{
+    Way, every_way, guarded, packet_between, quiet_network, scaled, stage, unique,
+};
 
 const MTU: u32 = 9000;
 const MAX: usize = MTU as usize + 14;
@@ -454,7 +456,7 @@ fn on_loopback(kind: &impl Kind) {
 fn on_embedded(kind: &impl Kind) {
     every_case(kind.memories(), |memory, way, poller| {
         let network = unique("body");
-        let end = || kind.wrap(Interface::builder(), Embedded::network(network.clone()));
+        let end = || kind.wrap(Interface::builder(), quiet_network(network.clone()));
         body(vec![end(), end()], memory, kind.ordered(), way, poller);
     });
 }

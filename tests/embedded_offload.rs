@@ -6,14 +6,16 @@ use std::collections::HashMap;
 use vmring::device::Progress;
 use vmring::device::fault::Faults;
 use vmring::{
-    ConfigError, Direction, Drive, Embedded, EntryError, Error, Frame, Gso, Interface, Loopback,
-    MacAddr6, OFFLOAD_LEN, OffloadHeader, Poller, Ring, RingOp, Status, SubmitErrorKind,
+    ConfigError, Direction, Drive, EntryError, Error, Frame, Gso, Interface, Loopback, MacAddr6,
+    OFFLOAD_LEN, OffloadHeader, Poller, Ring, RingOp, Status, SubmitErrorKind,
 };
 use vmring_embedded::software::{self, Left};
 
 use crate::form::{ALL, Form, Random, finished, offloads};
 use crate::guest_memory::{Guest, HEADER};
-use crate::support::{LONG, Script, ScriptQueue, Way, every_way, guarded, scaled, stage, unique};
+use crate::support::{
+    LONG, Script, ScriptQueue, Way, every_way, guarded, quiet_network, scaled, stage, unique,
+};
 
 const READS: u32 = 32;
 const WRITES: u32 = 8;
@@ -50,7 +52,7 @@ struct Station {
 
 impl Station {
     fn start(network: &str, set: u32, memory: Memory, drive: Drive<'_>) -> Self {
-        let driver = Embedded::network(network).overflow(256);
+        let driver = quiet_network(network).overflow(256);
         let builder = Interface::builder().offloads(offloads(set)).device(driver);
         let interface = builder.start().expect("a port");
         let caps = interface.capabilities();
@@ -369,7 +371,7 @@ fn a_ring_gets_what_it_accepts() {
     guarded(|| {
         let network = unique("accepting");
         let start = |faulty: bool| {
-            let embedded = Embedded::network(&network);
+            let embedded = quiet_network(&network);
             let builder = Interface::builder().offloads(offloads(ALL));
             let builder = match faulty {
                 false => builder.device(embedded),
@@ -449,7 +451,7 @@ fn a_device_that_cannot_says_so() {
     let no_ecn = script.ring(Direction::Read).receive_ecn(false).build();
     assert!(matches!(no_ecn, Err(Error::Config(ConfigError::NotApplicable { .. }))));
     let network = unique("refusing");
-    let embedded = Interface::builder().offloads(offloads(ALL)).device(Embedded::network(network));
+    let embedded = Interface::builder().offloads(offloads(ALL)).device(quiet_network(network));
     let embedded = embedded.start().unwrap();
     assert!(refuses(&embedded, Direction::Write, 1), "a ring that only writes accepts nothing");
     assert!(!refuses(&embedded, Direction::Both, 1));

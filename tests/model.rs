@@ -16,10 +16,12 @@ use vmring::device::{
 };
 use vmring::pool::{Pool, PoolBuilder};
 use vmring::{
-    CloseReason, Completion, Direction, Drive, Driver, Embedded, EntryError, Error, Frame,
-    IdlePolicy, Interface, InterfaceConfig, InterfaceInfo, Loopback, RetryPolicy, Ring,
-    RingOp as Kind, Status, SubmitErrorKind,
+    CloseReason, Completion, Direction, Drive, Driver, EntryError, Error, Frame, IdlePolicy,
+    Interface, InterfaceConfig, InterfaceInfo, Loopback, RetryPolicy, Ring, RingOp as Kind, Status,
+    SubmitErrorKind,
 };
+
+use crate::support::quiet_network;
 
 /// Far longer than anything here takes. A test that reaches this hangs.
 const LONG: Duration = Duration::from_secs(20);
@@ -299,7 +301,7 @@ impl Setup {
         let faults = self.faults(end.into());
         // Large enough that packets which wait are not dropped.
         let driver: Box<dyn Driver> = if self.embedded {
-            Box::new(faults.wrap(self.shy(Embedded::network(network).overflow(1024))))
+            Box::new(faults.wrap(self.shy(quiet_network(network).overflow(1024))))
         } else {
             Box::new(faults.wrap(self.shy(Loopback::new(200))))
         };

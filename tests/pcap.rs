@@ -14,10 +14,11 @@ use pcap_file::pcapng::blocks::enhanced_packet::EnhancedPacketOption;
 use pcap_file::pcapng::blocks::interface_description::InterfaceDescriptionOption;
 use pcap_file::pcapng::{Block, PcapNgReader};
 use vmring::device::pcap::{Capture, Replay};
-use vmring::{Direction, Embedded, Error, Interface, Loopback, RetryPolicy, Ring, RingOp, Status};
+use vmring::{Direction, Error, Interface, Loopback, RetryPolicy, Ring, RingOp, Status};
 
 use crate::support::{
-    every_way, guarded, inline, number_of, packet, packet_between, post, reap_n, send, unique,
+    every_way, guarded, inline, number_of, packet, packet_between, post, quiet_network, reap_n,
+    send, unique,
 };
 
 /// A writer whose bytes the test can read.
@@ -108,7 +109,7 @@ fn two_interfaces_record_both_directions_to_one_file() {
             let (tape, network) = (Tape::default(), unique("capture"));
             let capture = Capture::to_writer(tape.clone()).unwrap();
             let start = |name: &str| {
-                let driver = capture.wrap(name, Embedded::network(network.clone()));
+                let driver = capture.wrap(name, quiet_network(network.clone()));
                 Interface::builder().device(driver).start().unwrap()
             };
             let interfaces = [start("left"), start("right")];

@@ -13,8 +13,8 @@ use std::time::{Duration, Instant};
 
 use vmring::device::{Capabilities, Device, PollContext, Progress, Queue, QueueConfig, Wake};
 use vmring::{
-    Direction, Drive, Driver, Error, Frame, Interface, InterfaceConfig, InterfaceInfo, Loopback,
-    MacAddr6, Poller, Ring, RingBuilder, RingOp, Status,
+    Direction, Drive, Driver, Embedded, Error, Frame, Interface, InterfaceConfig, InterfaceInfo,
+    Loopback, MacAddr6, Poller, Ring, RingBuilder, RingOp, Status,
 };
 
 /// Far longer than any test needs on a slow and busy machine. A test that reaches this hangs.
@@ -22,6 +22,13 @@ pub(crate) const LONG: Duration = Duration::from_secs(60);
 
 thread_local! {
     static STAGE: RefCell<Option<Arc<Mutex<String>>>> = const { RefCell::new(None) };
+}
+
+/// The device of an embedded network on which nobody but the test sends. With the feature `nat` a network
+/// has a way out, and with it IPv6; its gateway would send router advertisements that nobody has asked
+/// for, and a test that counts packets would find more.
+pub(crate) fn quiet_network(name: impl Into<String>) -> Embedded {
+    Embedded::network(name).no_ipv6()
 }
 
 /// This program, under the emulator that cargo runs it with, if there is one.

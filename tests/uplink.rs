@@ -6,7 +6,8 @@ use vmring::device::embedded::{LimitsControl, PortLimits, Rate, SourceRule};
 use vmring::{ConfigError, Direction, Embedded, Error, Interface, Ring};
 
 use crate::support::{
-    LONG, drive_to_rest, guarded, inline, packet_between, post, reap, reap_n, stage, unique,
+    LONG, drive_to_rest, guarded, inline, packet_between, post, quiet_network, reap, reap_n, stage,
+    unique,
 };
 
 /// A station outside, behind the uplink.
@@ -141,7 +142,7 @@ fn limits_change_while_interfaces_are_in_use_and_outlast_a_restart() {
         let control = LimitsControl::default();
         assert_eq!(control.get(), PortLimits::default());
         let guest = |control: &LimitsControl| {
-            Station::start(Embedded::network(name.clone()).limits(control), false)
+            Station::start(quiet_network(name.clone()).limits(control), false)
         };
         let (mut alice, mut bob) = (guest(&control), guest(&control));
         let mut carol = guest(&LimitsControl::default());

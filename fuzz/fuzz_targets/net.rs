@@ -417,7 +417,7 @@ fn arrive(
 fuzz_target!(|input: Input| {
     let has = |bit: u32| input.settings & (1 << bit) != 0;
     let network = || match has(0) {
-        true => Embedded::network(NETWORK),
+        true => Embedded::network(NETWORK).no_ipv6(),
         false => Embedded::switch(NETWORK),
     };
     let rule = if has(1) { SourceRule::LearnOnce } else { SourceRule::Any };
@@ -431,7 +431,7 @@ fuzz_target!(|input: Input| {
     let peers = PEERS.get_or_init(|| {
         let pair =
             |network: Embedded| [0, 15].map(|bits| Peer::new(network.clone(), offloads(bits)));
-        Mutex::new([Embedded::switch(NETWORK), Embedded::network(NETWORK)].map(pair))
+        Mutex::new([Embedded::switch(NETWORK), Embedded::network(NETWORK).no_ipv6()].map(pair))
     });
     let peers = &mut peers.lock().expect("no run has panicked")[usize::from(has(0))];
     let mut settings = NetSettings::default();

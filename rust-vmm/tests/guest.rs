@@ -46,9 +46,10 @@ pub(crate) fn queue(index: u16) -> Queue {
     queue
 }
 
-/// An interface on a network of this test's own.
+/// An interface on a network of this test's own, on which nobody but its guests sends: with IPv6 its
+/// gateway would send router advertisements that nobody has asked for.
 pub(crate) fn interface(network: &str) -> Interface {
-    let network = Embedded::network(format!("rust-vmm test {network}"));
+    let network = Embedded::network(format!("rust-vmm test {network}")).no_ipv6();
     Interface::builder().device(network).start().expect("an interface")
 }
 

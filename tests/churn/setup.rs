@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use vmring::device::fault::Faults;
 use vmring::device::pcap::Capture;
-use vmring::{Driver, Embedded, Loopback, Status};
+use vmring::{Driver, Loopback, Status};
 
 use crate::churn::nasty::{Inside, Nasty, Script};
 use crate::churn::{PATIENCE, SHORT_CLOSE};
-use crate::support::Dice;
+use crate::support::{Dice, quiet_network};
 
 /// A driver, and the identity of its interface.
 pub(crate) type Identified = ([u8; 16], Box<dyn Driver>);
@@ -181,7 +181,7 @@ impl Setup {
     ) -> Box<dyn Driver> {
         match &self.device {
             Under::Loopback => self.wrap(i, Box::new(Loopback::new(200))),
-            Under::Embedded => self.wrap(i, Box::new(Embedded::network(network))),
+            Under::Embedded => self.wrap(i, Box::new(quiet_network(network))),
             Under::Nasty(script) => {
                 let (script, inside) = (script.clone(), inside.clone());
                 self.wrap(i, Box::new(Nasty { script, inside, prefix: prefix.to_owned() }))

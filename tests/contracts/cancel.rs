@@ -6,12 +6,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use vmring::device::{PostedSlot, Progress};
-use vmring::{Direction, Embedded, EntryError, Error, Interface, Ring, RingOp};
+use vmring::{Direction, EntryError, Error, Interface, Ring, RingOp};
 
 use super::{Gate, PATIENT, credits};
 use crate::support::{
     Dice, LONG, Script, ScriptQueue, Way, drive_to_rest, every_way, guarded, inline, loopback,
-    number_of, packet_between, post, reap, reap_n, scaled, send, stage, unique,
+    number_of, packet_between, post, quiet_network, reap, reap_n, scaled, send, stage, unique,
 };
 
 #[test]
@@ -172,7 +172,7 @@ fn a_packet_is_never_dropped_by_a_cancel_on_the_embedded_network() {
             let count = scaled(10_000);
             let name = unique("cancel");
             let port = || {
-                let driver = Embedded::network(name.clone()).overflow(0);
+                let driver = quiet_network(name.clone()).overflow(0);
                 Interface::builder().device(driver).start().unwrap()
             };
             let (to, from) = (port(), port());

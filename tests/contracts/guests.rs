@@ -9,16 +9,16 @@ use vmring::device::pcap::Capture;
 use vmring::device::{PollContext, Progress};
 use vmring::guest::{GuestMapping, GuestMemory, GuestRegion};
 use vmring::{
-    Checksum, Direction, Embedded, EntryError, GuestMmap, Interface, Loopback, OffloadHeader, Ring,
-    RingOp, SegmentTable, Status, SubmitErrorKind,
+    Checksum, Direction, EntryError, GuestMmap, Interface, Loopback, OffloadHeader, Ring, RingOp,
+    SegmentTable, Status, SubmitErrorKind,
 };
 use vmring_core::HeapBacking;
 
 use crate::guest_memory::{Guest, HEADER};
 use crate::sockets::{Folder, Wire};
 use crate::support::{
-    LONG, Script, ScriptQueue, drive_to_rest, every_way, guarded, inline, loopback, packet, reap,
-    reap_n, unique,
+    LONG, Script, ScriptQueue, drive_to_rest, every_way, guarded, inline, loopback, packet,
+    quiet_network, reap, reap_n, unique,
 };
 
 /// The number of frames that a ring reserves for one direction.
@@ -135,7 +135,7 @@ fn a_buffer_that_is_too_small_comes_back_empty() {
 fn a_header_that_was_not_negotiated_costs_its_own_packet() {
     guarded(|| {
         let wrapped = Faults::seeded(1).wrap(Loopback::new(1500));
-        let embedded = Embedded::network(unique("headers"));
+        let embedded = quiet_network(unique("headers"));
         header_costs_its_own_packet(&loopback());
         header_costs_its_own_packet(
             &Interface::builder().device(wrapped).start().expect("it starts"),
@@ -418,7 +418,7 @@ fn what_a_guest_sends_is_not_written() {
         let made = unsafe { libc::mprotect(start.cast(), page, libc::PROT_READ) };
         assert_eq!(made, 0, "{}", std::io::Error::last_os_error());
         let seen = Arc::new(AtomicU32::new(0));
-        let embedded = Embedded::network(unique("read-only"));
+        let embedded = quiet_network(unique("read-only"));
         let wrapped = Faults::seeded(1).wrap(Loopback::new(1500));
         #[cfg(not(target_os = "macos"))]
         vmnet_takes_one_piece(&table, page as u64);

@@ -14,7 +14,7 @@ use vmring::{
 use super::pool;
 use crate::support::{
     LONG, Script, ScriptQueue, every_way, guarded, inline, loopback, number_of, packet_between,
-    post, reap_n, send, unique,
+    post, quiet_network, reap_n, send, unique,
 };
 
 #[test]
@@ -157,7 +157,7 @@ fn an_interface_says_what_was_negotiated() {
 fn an_embedded_interface_counts_what_it_drops_copies_and_does_not_answer() {
     guarded(|| {
         let network = unique("counts");
-        let port = || Interface::builder().device(Embedded::network(network.clone())).start();
+        let port = || Interface::builder().device(quiet_network(network.clone())).start();
         let (near, far) = (port().unwrap(), port().unwrap());
         let (mac, peer) = (near.mac().into_array(), far.mac().into_array());
         let mut ring = inline(&near, Direction::Both).build().unwrap();

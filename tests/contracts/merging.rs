@@ -1,14 +1,12 @@
 //! Mergeable reads: one packet fills several posted reads.
 
 use vmring::device::{PollContext, Progress};
-use vmring::{
-    ConfigError, Direction, Drive, Embedded, EntryError, Error, Interface, Ring, RingOp, Status,
-};
+use vmring::{ConfigError, Direction, Drive, EntryError, Error, Interface, Ring, RingOp, Status};
 
 use crate::guest_memory::{Guest, HEADER};
 use crate::support::{
     Dice, LONG, Script, ScriptQueue, drive_to_rest, every_way, guarded, inline, loopback, packet,
-    packet_between, reap, unique,
+    packet_between, quiet_network, reap, unique,
 };
 
 /// The reads that one packet filled, each with the number of bytes in it.
@@ -173,7 +171,7 @@ fn a_packet_waits_for_all_the_reads_that_it_needs() {
 fn a_packet_for_which_all_reads_are_too_few_does_not_block_the_next() {
     guarded(|| {
         let name = unique("too-few");
-        let port = || Interface::builder().device(Embedded::network(&name)).start();
+        let port = || Interface::builder().device(quiet_network(&name)).start();
         let (to, from) = (port().expect("it starts"), port().expect("it starts"));
         for (receiver, sender) in [(&to, &from), (&loopback(), &loopback())] {
             let sender = if receiver.device_name() == "loopback" { receiver } else { sender };
@@ -276,7 +274,7 @@ fn packets_of_all_sizes_arrive_whole_and_in_order() {
     guarded(|| {
         for (seed, drive) in [(1, Drive::Inline), (2, Drive::Thread), (3, Drive::Inline)] {
             let name = unique("merging");
-            let port = || Interface::builder().device(Embedded::network(&name)).start();
+            let port = || Interface::builder().device(quiet_network(&name)).start();
             let (to, from) = (port().expect("it starts"), port().expect("it starts"));
             let mut dice = Dice::new(seed);
             let (mut guest, mut sending) = (Guest::new(64, 1514), Guest::new(64, 1514));

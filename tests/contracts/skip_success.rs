@@ -8,16 +8,16 @@ use std::time::{Duration, Instant};
 
 use vmring::device::{PollContext, PostedSlot, Progress};
 use vmring::{
-    Direction, Drive, Embedded, EntryError, Error, Frame, Interface, RetryPolicy, Ring, RingOp,
-    Status, SubmitErrorKind,
+    Direction, Drive, EntryError, Error, Frame, Interface, RetryPolicy, Ring, RingOp, Status,
+    SubmitErrorKind,
 };
 
 use super::{Gate, PATIENT, credits, pool};
 use crate::notify::readable;
 use crate::support::{
     LONG, Script, ScriptQueue, Way, drive_to_rest, eventually, every_way, filled, guarded,
-    guarded_for, loopback, number_of, packet_between, post, reap, reap_n, scaled, send, stage,
-    take_writes, unique,
+    guarded_for, loopback, number_of, packet_between, post, quiet_network, reap, reap_n, scaled,
+    send, stage, take_writes, unique,
 };
 
 /// Submits packet `number`, whose success is not wanted.
@@ -520,7 +520,7 @@ fn wrappers_pass_on_that_success_is_skipped() {
                 }
                 let tape = Tape::default();
                 let capture = vmring::device::pcap::Capture::to_writer(tape).unwrap();
-                let network = Embedded::network(unique("skip"));
+                let network = quiet_network(unique("skip"));
                 let driver = capture.wrap("skip", faults.wrap(network));
                 let interface = Interface::builder().device(driver).start().unwrap();
                 let builder = interface.ring(Direction::Write).depth(16).retry(PATIENT);
@@ -638,7 +638,7 @@ fn a_ring_of_skipped_successes_only_works_at_full_depth() {
             a_million(&null(), way.drive(poller));
 
             stage(format!("embedded, {way:?}"));
-            let network = Embedded::network(unique("million"));
+            let network = quiet_network(unique("million"));
             let interface = Interface::builder().device(network).start().unwrap();
             a_million(&interface, way.drive(poller));
 

@@ -8,21 +8,21 @@ use std::time::{Duration, Instant};
 use vmring::device::Progress;
 use vmring::device::fault::Faults;
 use vmring::{
-    CloseReason, CompletionQueue, Direction, Embedded, EntryError, Error, Frame, Interface,
-    Loopback, RetryPolicy, Ring, RingOp, SubmissionQueue, SubmitErrorKind,
+    CloseReason, CompletionQueue, Direction, EntryError, Error, Frame, Interface, Loopback,
+    RetryPolicy, Ring, RingOp, SubmissionQueue, SubmitErrorKind,
 };
 
 use super::closing::asleep;
 use super::{AtClose, Keeper, MOMENT, Running, assert_works, is_closed};
 use crate::support::{
     LONG, Script, ScriptQueue, Way, drive_to_rest, eventually, every_way, filled, guarded,
-    loopback, number_of, post, reap, reap_n, scaled, send, stage, unique,
+    loopback, number_of, post, quiet_network, reap, reap_n, scaled, send, stage, unique,
 };
 
 /// Devices that give posted reads back in order, each in its own way, with a name each.
 fn devices() -> Vec<(&'static str, Interface)> {
     let engine = || Faults::seeded(1).engine(Duration::from_millis(1), false);
-    let network = || Embedded::network(unique("drain"));
+    let network = || quiet_network(unique("drain"));
     let start = |builder: vmring::InterfaceBuilder| builder.start().unwrap();
     let builder = Interface::builder;
     vec![

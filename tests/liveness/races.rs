@@ -8,14 +8,13 @@ use std::time::Duration;
 use vmring::device::fault::Faults;
 use vmring::device::{PostedSlot, Progress};
 use vmring::{
-    CloseReason, Direction, Drive, Embedded, EntryError, Error, IdlePolicy, Interface, Loopback,
-    Poller, Ring,
+    CloseReason, Direction, Drive, EntryError, Error, IdlePolicy, Interface, Loopback, Poller, Ring,
 };
 
 use super::{AtClose, Keeper, MOMENT, Running, assert_works};
 use crate::support::{
-    LONG, Script, ScriptQueue, Way, eventually, filled, guarded, inline, loopback, post, reap,
-    reap_n, scaled, send, stage, unique,
+    LONG, Script, ScriptQueue, Way, eventually, filled, guarded, inline, loopback, post,
+    quiet_network, reap, reap_n, scaled, send, stage, unique,
 };
 
 /// Goal: a slot that a device drops on a thread of its own always completes. Method: a few threads
@@ -370,7 +369,7 @@ fn device(n: u64) -> Interface {
     let builder = match n % 4 {
         0 => return loopback(),
         1 => return Keeper::start(AtClose::Cancels).0,
-        2 => builder.device(Embedded::network(unique("visible"))),
+        2 => builder.device(quiet_network(unique("visible"))),
         _ => builder.device(faults.wrap(Loopback::new(1500))),
     };
     builder.start().unwrap()
