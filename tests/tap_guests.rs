@@ -1,7 +1,9 @@
 //! What the kernel's TAP puts into the memory of a guest: one packet into one buffer or into several.
 
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::ptr::NonNull;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use vmring::device::Offloads;
@@ -567,5 +569,131 @@ fn a_buffer_of_several_pieces_is_filled_without_a_copy() {
         }
         assert_eq!(ring.cancel_and_wait(LONG).expect("they come back"), 32);
         assert_eq!(ring.stats().bounced_reads, 0);
+    });
+}
+
+/// Memory of a guest that tells when it is gone.
+struct Watched {
+    start: NonNull<u8>,
+    gone: Arc<AtomicBool>,
+}
+
+impl Watched {
+    const LEN: usize = 0x4_0000;
+
+    fn new(gone: &Arc<AtomicBool>) -> Self {
+        Self { start: map(std::ptr::null_mut(), 0).expect("memory"), gone: gone.clone() }
+    }
+}
+
+/// Maps as many bytes, at this address if it is not null. They are zero.
+fn map(at: *mut libc::c_void, flags: libc::c_int) -> Option<NonNull<u8>> {
+    let (access, flags) =
+        (libc::PROT_READ | libc::PROT_WRITE, flags | libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+    // SAFETY: no flag replaces a mapping that is there.
+    let start = unsafe { libc::mmap(at, Watched::LEN, access, flags, -1, 0) };
+    NonNull::new(start.cast()).filter(|_| start != libc::MAP_FAILED)
+}
+
+/// Unmaps what `map` has mapped.
+fn unmap(start: NonNull<u8>) {
+    // SAFETY: the callers give up what they have mapped.
+    let done = unsafe { libc::munmap(start.as_ptr().cast(), Watched::LEN) };
+    assert_eq!(done, 0, "{}", std::io::Error::last_os_error());
+}
+
+// SAFETY: the address names memory of the process, which every thread may use.
+unsafe impl Send for Watched {}
+// SAFETY: as above.
+unsafe impl Sync for Watched {}
+
+// SAFETY: the bytes are mapped from `new` to `drop`, and nobody makes references to them.
+unsafe impl GuestMapping for Watched {
+    fn start(&self) -> NonNull<u8> {
+        self.start
+    }
+
+    fn len(&self) -> usize {
+        Self::LEN
+    }
+}
+
+impl Drop for Watched {
+    fn drop(&mut self) {
+        self.gone.store(true, Ordering::SeqCst);
+        unmap(self.start);
+    }
+}
+
+/// Goal: memory that everybody has let go of stays mapped while the kernel may still write to it, by a
+/// read of io_uring that is under way, and it is unmapped after that. Otherwise a packet would be written
+/// to whatever is mapped there next. Method: a multishot read that has already brought a packet, so the
+/// other posted buffers are the kernel's. The ring is closed, or dropped without that. Then something else
+/// is mapped at that address, and packets come.
+#[test]
+fn memory_stays_until_a_read_under_way_has_ended() {
+    in_namespace(|| {
+        if TapEngine::Auto.resolve().expect("an engine") != TapEngine::IoUring {
+            return crate::netns::skip("no io_uring on this kernel");
+        }
+        const READS: u64 = 32;
+        for closed in [true, false] {
+            stage(if closed { "closed" } else { "dropped" });
+            let mut world = World::new(TapEngine::IoUring, 1500, false);
+            let gone = Arc::new(AtomicBool::new(false));
+            let watched = Watched::new(&gone);
+            let address = watched.start;
+            let memory = GuestMemory::new([GuestRegion::new(0, Arc::new(watched))]);
+            let table = SegmentTable::new(memory.expect("a region"), 256).expect("a table");
+            let ring = world.interface.ring(Direction::Read).read_depth(READS as u32).frames(4);
+            let mut ring = ring.segment_table(&table).build().expect("a ring");
+            for number in 0..READS {
+                let buffer = table.buffer([(number * 0x1000, 0x800)], HEADER).expect("memory");
+                ring.submit_read_guest(buffer, number).expect("a credit");
+            }
+            drop(table);
+            world.sender.send(&packet(0, 500));
+            assert!(ring.wait(1, Some(LONG)) > 0, "nothing comes: {:?}", world.interface.drops());
+            let done: Vec<_> = ring.reap().map(|done| (done.user_data, done.result)).collect();
+            assert_eq!(done, [(0, Ok(500))]);
+            assert_eq!(ring.stats().bounced_reads, 0, "the kernel has written it there");
+            let counters = world.interface.counters();
+            assert!(counters.contains(&("io_uring", 1)), "{counters:?}");
+            assert!(counters.contains(&("io_uring fallbacks", 0)), "{counters:?}");
+            assert!(!gone.load(Ordering::SeqCst), "the kernel has {} buffers there", READS - 1);
+
+            if closed {
+                ring.close().expect("it ends");
+                assert!(!gone.load(Ordering::SeqCst), "the completions have their buffers");
+                let cancelled = ring.reap().filter(|done| done.result.is_err()).count();
+                assert_eq!(cancelled as u64, READS - 1);
+            }
+            drop(ring);
+            eventually("it is unmapped", || gone.load(Ordering::SeqCst));
+            // Another thread of this process may have been faster. Then there is nothing to look at.
+            let other = map(address.as_ptr().cast(), libc::MAP_FIXED_NOREPLACE);
+            let mut second = None;
+            eventually("there is another ring", || {
+                second = world.builder(READS as u32).mergeable_reads(false).build().ok();
+                second.is_some()
+            });
+            let mut second = second.expect("a ring");
+            let longest = world.interface.capabilities().max_packet_size + HEADER;
+            world.post_pieces(&mut second, READS, longest);
+            for number in 1..=READS {
+                let packet = packet(number, 500);
+                world.sender.send(&packet);
+                world.expect(&mut second, &packet);
+            }
+            if let Some(other) = other {
+                // SAFETY: the bytes are mapped, and nobody else has their address.
+                let bytes = unsafe { std::slice::from_raw_parts(other.as_ptr(), Watched::LEN) };
+                assert!(bytes.iter().all(|byte| *byte == 0), "a packet went to other memory");
+                unmap(other);
+            }
+            drop(second);
+            drop(world);
+            eventually("the TAP is gone", || sh("ip -o link show type tun").is_empty());
+        }
     });
 }
