@@ -374,7 +374,8 @@ pub(crate) struct ServeArgs {
     #[arg(long)]
     pub(crate) per_client: bool,
     /// Refuse memory that a front end can make shorter. QEMU's memory-backend-memfd and crosvm seal
-    /// theirs; user-mode Linux, cloud-hypervisor and DPDK do not
+    /// theirs, and the server seals what allows it; the files of user-mode Linux, cloud-hypervisor and
+    /// DPDK cannot be sealed
     #[arg(long)]
     pub(crate) demand_seals: bool,
     /// Let guests announce themselves after a migration. QEMU's can; user-mode Linux refuses a network

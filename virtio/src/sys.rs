@@ -222,13 +222,21 @@ pub(crate) mod kind {
     pub(crate) const NONE: u32 = 0;
 }
 
-/// Whether the file is sealed against shrinking. Where there are no seals it is not.
-pub(crate) fn cannot_shrink(fd: BorrowedFd<'_>) -> bool {
+/// Seals the file against shrinking, unless it is. Returns whether it is then: a file may allow no more
+/// seals (`F_SEAL_SEAL`), or be of a kind that has none.
+///
+/// A seal stays as long as the file does, which is as long as anybody has it open or mapped.
+pub(crate) fn seal_against_shrinking(fd: BorrowedFd<'_>) -> bool {
     #[cfg(any(target_os = "linux", target_os = "android"))]
     {
-        // SAFETY: the call takes numbers only.
+        // SAFETY: the calls take numbers only.
         let seals = unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_GET_SEALS) };
-        seals >= 0 && seals & libc::F_SEAL_SHRINK != 0
+        let is_sealed = seals >= 0 && seals & libc::F_SEAL_SHRINK != 0;
+        let may_be = seals >= 0 && seals & libc::F_SEAL_SEAL == 0;
+        is_sealed
+            || may_be
+                // SAFETY: as above.
+                && unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_ADD_SEALS, libc::F_SEAL_SHRINK) } == 0
     }
     #[cfg(not(any(target_os = "linux", target_os = "android")))]
     {

@@ -48,7 +48,10 @@
 //! serves front ends that it does not trust has two ways, and may take both:
 //!
 //! * It demands seals ([`Settings::demand_seals`]). A file with `F_SEAL_SHRINK` keeps its length. A
-//!   full file system still raises SIGBUS.
+//!   full file system still raises SIGBUS. This crate sets that seal itself on every file that allows it
+//!   (`MFD_ALLOW_SEALING`), so only files that nobody can seal are refused. The seal stays with the file.
+//!   A front end that is to shorten its file later sets `F_SEAL_SEAL` first; that file counts as
+//!   [`unsealed`](SessionStats::unsealed).
 //! * It handles SIGBUS. It learns from a [`MappingObserver`] which addresses are a front end's. If the
 //!   address of the fault (`si_addr`) is one of them, the handler puts private anonymous memory there
 //!   (`mmap` with `MAP_FIXED`), marks the connection, wakes its thread, and returns; the access then

@@ -98,6 +98,7 @@ pub(crate) const CALLS: &[Call] = calls! {
             libc::F_GETFL as u32,
             libc::F_SETFL as u32,
             libc::F_GET_SEALS as u32,
+            libc::F_ADD_SEALS as u32,
         ],
     };
     SYS_getsockopt: Always, Only::Any;

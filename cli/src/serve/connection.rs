@@ -9,13 +9,17 @@ use std::time::{Duration, Instant};
 
 use vmring::InterfaceMonitor;
 use vmring_virtio::net::{
-    Ended as Served, ServeError, StatsHandle, VhostUserNet, serve_connection,
+    Ended as Served, FrontEndHandle, ServeError, StatsHandle, VhostUserNet, serve_connection,
 };
 use vmring_virtio::vhost_user::Settings;
 
 use super::counts::{Counts, OF_A_PORT};
 use super::sigbus::Seat;
 use super::wire_stats::WireStats;
+
+/// The regions of a guest's memory whose files its front end can shorten, because they cannot be
+/// sealed. The server survives that, and the guest does not.
+const UNSEALED: &str = "unsealed_regions";
 
 /// What other threads know of a guest.
 #[derive(Debug)]
@@ -30,8 +34,8 @@ pub(super) struct Guest {
 /// The counters of what is between a guest and its port.
 #[derive(Debug)]
 pub(super) enum Stats {
-    /// A device of virtio.
-    Device(StatsHandle),
+    /// A device of virtio, and what is known of its front end.
+    Device(StatsHandle, FrontEndHandle),
     Wire(WireStats),
 }
 
@@ -45,7 +49,10 @@ impl Guest {
             return counts.clone();
         }
         let device = match &self.stats {
-            Stats::Device(stats) => stats.stats().named().into_iter().collect(),
+            Stats::Device(stats, front_end) => {
+                let unsealed = (UNSEALED, front_end.get().session.unsealed);
+                stats.stats().named().into_iter().chain([unsealed]).collect()
+            }
             Stats::Wire(stats) => stats.named(),
         };
         let [drops, port] = counted(self.port.drops(), self.port.counters());
@@ -124,7 +131,7 @@ impl Connection {
         seat: Seat,
     ) -> (Self, Arc<Guest>) {
         settings.observer = Some(seat.observer());
-        let stats = Stats::Device(device.device().stats_handle());
+        let stats = Stats::Device(device.device().stats_handle(), device.front_end());
         let guest = Arc::new(Guest::new(stats, device.device().interface().monitor()));
         (Self { socket, device, settings, seat, guest: guest.clone() }, guest)
     }

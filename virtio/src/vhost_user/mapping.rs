@@ -140,6 +140,21 @@ pub(super) struct Limits<'a> {
     pub(super) observer: Option<&'a Arc<dyn MappingObserver>>,
 }
 
+impl Limits<'_> {
+    /// Seals a file against shrinking. Returns whether it is sealed. It asks no file system that could
+    /// belong to the front end and never answer.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError::NotSealed`], if it is to be sealed and cannot be.
+    fn seal(&self, file: &File) -> Result<bool, MapError> {
+        match sys::seal_against_shrinking(file.as_fd()) {
+            false if self.demand_seals => Err(MapError::NotSealed),
+            sealed => Ok(sealed),
+        }
+    }
+}
+
 /// A region of the guest's memory that is mapped.
 #[derive(Clone)]
 pub(super) struct Region {
@@ -158,10 +173,11 @@ impl Region {
         user_address: u64,
         size: u64,
         offset: u64,
-        observer: Option<&Arc<dyn MappingObserver>>,
+        limits: Limits<'_>,
     ) -> Result<Self, MapError> {
-        let mapping = Mapping::new(file, &file.metadata()?, offset, size, size, observer)?;
-        let sealed = sys::cannot_shrink(file.as_fd());
+        // The seal comes before the look at the length.
+        let sealed = limits.seal(file)?;
+        let mapping = Mapping::new(file, &file.metadata()?, offset, size, size, limits.observer)?;
         Ok(Self { guest_address, user_address, size, sealed, mapping: Arc::new(mapping) })
     }
 
@@ -195,9 +211,7 @@ impl DirtyBitmap {
         size: u64,
         limits: Limits<'_>,
     ) -> Result<Self, MapError> {
-        if limits.demand_seals && !sys::cannot_shrink(file.as_fd()) {
-            return Err(MapError::NotSealed);
-        }
+        limits.seal(file)?;
         let skip = offset % 4;
         let overflow = MapError::Overflow { offset, len: size };
         let Some(needed) = skip.checked_add(size).filter(|_| size > 0) else {

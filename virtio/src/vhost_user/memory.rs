@@ -1,12 +1,10 @@
 //! [`MemoryTable`]: the regions of the guest's memory, and the dirty log over them.
 
 use std::fs::File;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use vmring_core::guest::GuestMemory;
 
-use crate::sys;
 use crate::vhost_user::connection::Descriptors;
 use crate::vhost_user::error::{Error, MapError};
 use crate::vhost_user::mapping::{DirtyBitmap, Limits, Region};
@@ -114,8 +112,9 @@ impl MemoryTable {
         self.regions.is_empty()
     }
 
-    pub(super) fn sealed(&self) -> bool {
-        self.regions.iter().all(|region| region.sealed)
+    /// How many regions have files that the front end can shorten.
+    pub(super) fn unsealed(&self) -> usize {
+        self.regions.iter().filter(|region| !region.sealed).count()
     }
 }
 
@@ -133,13 +132,8 @@ fn map(
     if new.size > limits.bytes.saturating_sub(others) {
         return Err(failed(MapError::TooMuch { max: limits.bytes }));
     }
-    // This asks no file system, which could belong to the front end and never answer.
-    if limits.demand_seals && !sys::cannot_shrink(file.as_fd()) {
-        return Err(failed(MapError::NotSealed));
-    }
     let RegionDescription { guest_address, size, user_address, mmap_offset } = *new;
-    let region =
-        Region::map(&file, guest_address, user_address, size, mmap_offset, limits.observer);
+    let region = Region::map(&file, guest_address, user_address, size, mmap_offset, limits);
     regions.push(region.map_err(failed)?);
     Ok(())
 }

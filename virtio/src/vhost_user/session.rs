@@ -51,9 +51,12 @@ pub struct Settings {
     pub config: bool,
     /// The most bytes of memory that the front end may share: 4 TiB by default.
     pub memory_max: u64,
-    /// Whether memory, and a dirty log, is refused whose file the front end can make shorter. Only
-    /// memory files of Linux have such seals. It is off by default, since few front ends set them
-    /// (QEMU does with `memory-backend-memfd`, and crosvm).
+    /// Whether memory, and a dirty log, is refused whose file the front end can make shorter.
+    ///
+    /// A file that can be sealed against that (`F_SEAL_SHRINK`) is, with or without this. Only memory
+    /// files of Linux can, and only if their front end has made them so. QEMU's
+    /// `memory-backend-memfd` and crosvm seal theirs; those of other front ends cannot be sealed, so
+    /// this is off by default.
     pub demand_seals: bool,
     /// The observer that is told which addresses are the front end's files.
     pub observer: Option<Arc<dyn MappingObserver>>,
@@ -119,6 +122,9 @@ pub struct SessionStats {
     /// carry, a MAC address that is none, a change of the configuration space, a state that cannot
     /// be transferred, a channel that is no socket.
     pub refused: u64,
+    /// Regions of the memory that the front end shares now, whose files it can shorten, because they
+    /// cannot be sealed.
+    pub unsealed: u64,
 }
 
 /// One connection with a front end, and the device behind it.
@@ -714,7 +720,9 @@ impl<B: Backend> Session<B> {
     }
 
     fn set_memory(&mut self, table: MemoryTable) {
-        self.backend.set_memory(table.guest(), table.sealed());
+        let unsealed = table.unsealed();
+        self.stats.unsealed = unsealed as u64;
+        self.backend.set_memory(table.guest(), unsealed == 0);
         // Without clones of the device, the old mappings end here.
         self.memory = table;
     }

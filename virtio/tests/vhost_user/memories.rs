@@ -2,6 +2,8 @@
 
 use std::fs::File;
 use std::io::pipe;
+#[cfg(target_os = "linux")]
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::{Arc, Mutex};
@@ -290,19 +292,35 @@ fn an_observer_knows_what_is_mapped() {
     assert_eq!(ranges.len(), 0);
 }
 
-/// Goal: the device hears whether the front end can shorten a file, and where seals are demanded, an
-/// unsealed file is refused.
+/// Goal: a file that can be sealed against shrinking is sealed, the device and the counters tell whether
+/// the front end can shorten one, and where seals are demanded, such a file is refused.
+/// Method: memory files as front ends make them. `MFD_ALLOW_SEALING` and no seal is what a front end has
+/// that left them to others; without it the file has `F_SEAL_SEAL` from its beginning, as those of
+/// cloud-hypervisor and DPDK have, and as every file of a tmpfs has (QEMU's `memory-backend-file`).
 #[cfg(target_os = "linux")]
 #[test]
 fn seals_are_reported_and_demanded() {
     let sealable = libc::MFD_ALLOW_SEALING;
-    let sealed = memfd(SIZE, sealable, libc::F_SEAL_SHRINK).expect("a memory file");
-    let grows_only = memfd(SIZE, sealable, libc::F_SEAL_GROW).expect("a memory file");
-    let file = memory(SIZE);
-    for (file, is_sealed) in [(&sealed, true), (&grows_only, false), (&file, false)] {
+    let qemu = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    let full = libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    let kinds = [
+        ("sealed", true, memfd(SIZE, sealable, qemu)),
+        ("sealable", true, memfd(SIZE, sealable, 0)),
+        ("sealed against growing", true, memfd(SIZE, sealable, libc::F_SEAL_GROW)),
+        ("no more seals", false, memfd(SIZE, sealable, full)),
+        ("not sealable", false, memfd(SIZE, 0, 0)),
+        ("not a memory file", false, Ok(memory(SIZE))),
+    ];
+    for (kind, is_sealed, file) in kinds {
+        let file = &file.expect("a memory file");
         let mut harness = Harness::new();
         harness.tell(Sent::table(&[region()]).with(file));
-        assert_eq!(harness.calls(), [Call::Memory { regions: 1, sealed: is_sealed }]);
+        assert_eq!(harness.calls(), [Call::Memory { regions: 1, sealed: is_sealed }], "{kind}");
+        assert_eq!(harness.session.stats().unsealed, u64::from(!is_sealed), "{kind}");
+        // SAFETY: the call takes numbers only.
+        let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+        let can_shrink = seals < 0 || seals & libc::F_SEAL_SHRINK == 0;
+        assert_eq!(can_shrink, !is_sealed, "{kind}: {seals:#x}");
         harness.end();
 
         let mut harness = Harness::with(settings_with_seals(), Device::default());
@@ -317,7 +335,7 @@ fn seals_are_reported_and_demanded() {
 
         // A log that can be shortened is as bad.
         let mut harness = Harness::with(settings_with_seals(), Device::default());
-        harness.negotiate_on(LOGGED, &sealed);
+        harness.negotiate_on(LOGGED, &memfd(SIZE, sealable, qemu).expect("a memory file"));
         let set_log = Sent::new(SET_LOG_BASE, u64s(&[SIZE, 0])).with(file);
         if is_sealed {
             assert_eq!(harness.number(set_log), 0);
@@ -327,6 +345,27 @@ fn seals_are_reported_and_demanded() {
         }
         harness.end();
     }
+}
+
+/// Goal: the seal that is added takes nothing from a front end but a shorter file. It may still grow it,
+/// and give pages back (a balloon), and the memory goes on.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_sealed_file_can_grow_and_lose_pages() {
+    let file = memfd(SIZE, libc::MFD_ALLOW_SEALING, 0).expect("a memory file");
+    let mut harness = Harness::new();
+    harness.tell(Sent::table(&[region()]).with(&file));
+    let refused = file.set_len(SIZE - 0x1000).expect_err("it is sealed");
+    assert_eq!(refused.raw_os_error(), Some(libc::EPERM));
+    file.set_len(SIZE + 0x1000).expect("it may grow");
+    file.write_all_at(&[7; 8], 0).expect("it is written");
+    let hole = libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE;
+    // SAFETY: the call takes numbers only.
+    let punched = unsafe { libc::fallocate(file.as_raw_fd(), hole, 0, 0x1000) };
+    assert_eq!(punched, 0, "{}", std::io::Error::last_os_error());
+    let guest = harness.session.backend().memory.clone().expect("a memory");
+    assert_eq!(guest.slice(GUEST, 8).expect("it is in the memory").read(), Some([0; 8]));
+    harness.end();
 }
 
 #[cfg(target_os = "linux")]
