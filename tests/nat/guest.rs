@@ -8,8 +8,8 @@ use smoltcp::iface::{Config, Interface as Stack, SocketHandle, SocketSet};
 use smoltcp::phy::{ChecksumCapabilities, Device, DeviceCapabilities, Medium, RxToken, TxToken};
 use smoltcp::socket::{dhcpv4, icmp, tcp, udp};
 use smoltcp::wire::{
-    DhcpOption, EthernetAddress, HardwareAddress, IpAddress, IpCidr, IpProtocol, Ipv4Cidr,
-    Ipv4Packet, Ipv4Repr, Ipv6Cidr, Ipv6Packet, Ipv6Repr, UdpPacket, UdpRepr,
+    DhcpOption, EthernetAddress, HardwareAddress, IpAddress, IpCidr, IpProtocol, IpRepr, Ipv4Cidr,
+    Ipv6Cidr, UdpPacket, UdpRepr,
 };
 use vmring::{Direction, Embedded, Interface, Ring, RingOp};
 
@@ -417,60 +417,26 @@ impl Guest {
     }
 }
 
-/// A frame with a datagram of UDP over IPv6.
-pub(crate) fn datagram_v6(
+/// A frame with a datagram of UDP, over the IP of its addresses.
+pub(crate) fn datagram<A: Into<IpAddress>>(
     (from_mac, to_mac): ([u8; 6], [u8; 6]),
-    (from, to): (Ipv6Addr, Ipv6Addr),
+    (from, to): (A, A),
     port: u16,
 ) -> Vec<u8> {
-    let payload = [0x5a; 18];
+    let (from, to, payload) = (from.into(), to.into(), [0x5a; 18]);
     let udp = UdpRepr { src_port: 4000, dst_port: port };
-    let ip = Ipv6Repr {
-        src_addr: from,
-        dst_addr: to,
-        next_header: IpProtocol::Udp,
-        payload_len: udp.header_len() + payload.len(),
-        hop_limit: 64,
-    };
-    let mut frame = vec![0; 14 + ip.buffer_len() + ip.payload_len];
-    frame[..6].copy_from_slice(&to_mac);
-    frame[6..12].copy_from_slice(&from_mac);
-    frame[12..14].copy_from_slice(&[0x86, 0xdd]);
-    let mut packet = Ipv6Packet::new_unchecked(&mut frame[14..]);
-    ip.emit(&mut packet);
-    let fill = |bytes: &mut [u8]| bytes.copy_from_slice(&payload);
-    let (from, to) = (IpAddress::Ipv6(from), IpAddress::Ipv6(to));
-    let mut datagram = UdpPacket::new_unchecked(packet.payload_mut());
+    let ip = IpRepr::new(from, to, IpProtocol::Udp, udp.header_len() + payload.len(), 64);
+    let mut frame = [to_mac, from_mac].concat();
+    frame.extend(match ip {
+        IpRepr::Ipv4(_) => [8, 0],
+        IpRepr::Ipv6(_) => [0x86, 0xdd],
+    });
+    let header_len = frame.len() + ip.header_len();
+    frame.resize(frame.len() + ip.buffer_len(), 0);
     let checksums = ChecksumCapabilities::default();
-    udp.emit(&mut datagram, &from, &to, payload.len(), fill, &checksums);
-    frame
-}
-
-/// A frame with a datagram of UDP.
-pub(crate) fn datagram(
-    (from_mac, to_mac): ([u8; 6], [u8; 6]),
-    (from, to): (Ipv4Addr, Ipv4Addr),
-    port: u16,
-) -> Vec<u8> {
-    let payload = [0x5a; 18];
-    let udp = UdpRepr { src_port: 4000, dst_port: port };
-    let ip = Ipv4Repr {
-        src_addr: from,
-        dst_addr: to,
-        next_header: IpProtocol::Udp,
-        payload_len: udp.header_len() + payload.len(),
-        hop_limit: 64,
-    };
-    let mut frame = vec![0; 14 + ip.buffer_len() + ip.payload_len];
-    frame[..6].copy_from_slice(&to_mac);
-    frame[6..12].copy_from_slice(&from_mac);
-    frame[12..14].copy_from_slice(&[8, 0]);
-    let checksums = ChecksumCapabilities::default();
-    let mut packet = Ipv4Packet::new_unchecked(&mut frame[14..]);
-    ip.emit(&mut packet, &checksums);
+    ip.emit(&mut frame[14..], &checksums);
+    let mut datagram = UdpPacket::new_unchecked(&mut frame[header_len..]);
     let fill = |bytes: &mut [u8]| bytes.copy_from_slice(&payload);
-    let (from, to) = (IpAddress::Ipv4(from), IpAddress::Ipv4(to));
-    let mut datagram = UdpPacket::new_unchecked(packet.payload_mut());
     udp.emit(&mut datagram, &from, &to, payload.len(), fill, &checksums);
     frame
 }

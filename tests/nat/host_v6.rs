@@ -7,7 +7,7 @@ use smoltcp::wire::{Icmpv6Packet, Icmpv6Repr, IpAddress};
 use vmring::device::embedded::nat::{HostAccess, NatControl, NatSettings};
 use vmring::{Embedded, Interface};
 
-use super::guest::{Guest, datagram_v6};
+use super::guest::{Guest, datagram};
 use super::ipv6::{OUTSIDE, is_icmp};
 use super::join;
 use crate::netns::{has, in_namespace, sh, with_ipv6};
@@ -38,7 +38,7 @@ fn guests_hear_when_the_hosts_way_comes_and_goes() {
         let interface = join(&unique("route"), &NatSettings::new(), &control);
         let mut guest = Guest::with_ipv6(interface, 9);
         let macs = (guest.mac(), guest.ask_for_gateway(Ipv4Addr::new(192, 168, 64, 9)));
-        let frame = datagram_v6(macs, (guest.address_v6(), OUTSIDE), 53);
+        let frame = datagram(macs, (guest.address_v6(), OUTSIDE), 53);
         let error = guest.frame_where("an error", &frame, |frame| is_icmp(frame, 1));
         assert_eq!(error[55], 0, "no route (RFC 4443, 3.1)");
         assert_eq!(error[..6], guest.mac());

@@ -8,7 +8,7 @@ use smoltcp::wire::IpAddress;
 use vmring::device::embedded::nat::{Counter, ForwardRule, NatControl, NatSettings, Protocol};
 use vmring::{Embedded, Interface, Mode};
 
-use super::guest::{Guest, datagram_v6};
+use super::guest::{Guest, datagram};
 use super::names::{A, AAAA, ask, query};
 use super::{join, pattern, reaching};
 use crate::support::{LONG, guarded, skip, stage, unique};
@@ -122,7 +122,7 @@ fn what_the_policy_denies_over_ipv6_is_counted() {
         for (to, counter) in denied {
             let to: Ipv6Addr = to.parse().expect("an address");
             let before = control.report().expect("a report").counters[counter];
-            let frame = datagram_v6(macs, (own, to), 53);
+            let frame = datagram(macs, (own, to), 53);
             guest.send_raw(&frame, 1);
             guest.until(&format!("{to} is denied"), |_| {
                 (control.report().ok()?.counters[counter] > before).then_some(())
@@ -142,7 +142,7 @@ fn what_the_policy_denies_over_ipv6_is_counted() {
             (Ipv6Addr::UNSPECIFIED, OUTSIDE, "gateway IPv6 bad source"),
         ] {
             let before = guest.counter(counter);
-            guest.send_raw(&datagram_v6(macs, (from, to), 9), 1);
+            guest.send_raw(&datagram(macs, (from, to), 9), 1);
             guest.until(&format!("{from} to {to} is refused"), |guest| {
                 (guest.counter(counter) > before).then_some(())
             });
@@ -181,7 +181,7 @@ fn no_guest_speaks_for_another_over_ipv6() {
         });
         for last in [0x100, 0x101] {
             let before = counted(Counter::DeniedByRule);
-            guest.send_raw(&datagram_v6(macs, (with(last), OUTSIDE), 53), 1);
+            guest.send_raw(&datagram(macs, (with(last), OUTSIDE), 53), 1);
             guest.until("another address of its own", |_| {
                 (counted(Counter::DeniedByRule) > before).then_some(())
             });
@@ -196,7 +196,7 @@ fn no_guest_speaks_for_another_over_ipv6() {
             (Ipv6Addr::LOCALHOST, Counter::BadSource),
         ] {
             let before = counted(counter);
-            thief.send_raw(&datagram_v6(macs, (source, OUTSIDE), 53), 1);
+            thief.send_raw(&datagram(macs, (source, OUTSIDE), 53), 1);
             thief.until(&format!("{source} is refused"), |_| {
                 (counted(counter) > before).then_some(())
             });
