@@ -24,6 +24,9 @@ mod ends;
 #[cfg(target_os = "linux")]
 #[path = "command/host.rs"]
 mod host;
+#[cfg(target_os = "linux")]
+#[path = "command/http.rs"]
+mod http;
 #[path = "command/manual.rs"]
 mod manual;
 #[cfg(target_os = "linux")]

@@ -15,6 +15,8 @@ use vmring_guest::{Engine, Folder, Guest, Missing, Nic, Process, Running};
 
 #[path = "command/host.rs"]
 mod host;
+#[path = "command/http.rs"]
+mod http;
 #[path = "guests/migration.rs"]
 mod migration;
 #[path = "guests/personality.rs"]

@@ -1,10 +1,11 @@
 //! Guests fetch from a server outside, by the way out of the server's network.
 
-use std::io::{BufRead, BufReader, Read};
+use std::io::{BufReader, Read};
 use std::net::{TcpListener, TcpStream};
 
 use super::*;
 use crate::host::obstacle;
+use crate::http::Request;
 use crate::world::{HOST, OUTSIDE, World};
 
 /// The environment variable with the length of what is fetched, in MiB.
@@ -39,27 +40,14 @@ fn digest(mib: usize) -> String {
     String::from_utf8(output.stdout).expect("a digest")
 }
 
-/// Answers the requests of one client: `GET` with the MiB, `PUT` with how many bytes came.
-fn answer(mut stream: TcpStream, mib: usize) -> std::io::Result<()> {
+/// Answers the request of one client: `GET /N` with N MiB, `PUT` with the digest of what came.
+fn answer(mut stream: TcpStream) -> std::io::Result<()> {
     stream.set_read_timeout(Some(LIMIT))?;
     let mut reader = BufReader::new(stream.try_clone()?);
-    let (mut request, mut len) = (String::new(), 0);
-    loop {
-        let mut line = String::new();
-        reader.read_line(&mut line)?;
-        if line.trim().is_empty() {
-            break;
-        }
-        let lower = line.to_ascii_lowercase();
-        if let Some(number) = lower.strip_prefix("content-length:") {
-            len = number.trim().parse().unwrap_or(0);
-        }
-        if lower.starts_with("expect: 100-continue") {
-            stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
-        }
-        request.push_str(&line);
-    }
-    if request.starts_with("GET") {
+    let request = Request::read(&mut reader)?;
+    let Request { method, path, len } = request.ok_or(std::io::ErrorKind::UnexpectedEof)?;
+    if method == "GET" {
+        let mib = path.parse().map_err(std::io::Error::other)?;
         let length = mib * MIB;
         write!(stream, "HTTP/1.1 200 OK\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n")?;
         return write_all(&mut stream, mib);
@@ -94,7 +82,7 @@ fn fetches(engine: Engine, wire: impl Fn(&str) -> (String, Nic), mib: usize) {
         for _ in 0..2 {
             let (stream, peer) = listener.accept().expect("a client");
             assert_eq!(peer.ip().to_string(), HOST, "the guest comes as the host");
-            answer(stream, mib).expect("the client takes all of it");
+            answer(stream).expect("the client takes all of it");
         }
     });
     let folder = Folder::new();
@@ -105,7 +93,7 @@ fn fetches(engine: Engine, wire: impl Fn(&str) -> (String, Nic), mib: usize) {
     let time = LIMIT + Duration::from_secs(mib as u64);
     let mut guest = guest.timeout(time).nic(nic).start();
     join(&mut guest);
-    let get = format!("curl -sS -m {} http://{OUTSIDE}/ | sha256sum", time.as_secs());
+    let get = format!("curl -sS -m {} http://{OUTSIDE}/{mib} | sha256sum", time.as_secs());
     let start = Instant::now();
     assert_eq!(guest.sh(&get), digest(mib));
     let rate = mib as f64 / start.elapsed().as_secs_f64();

@@ -1,10 +1,11 @@
 //! Programs of the web: curl, wget and wrk.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufReader, Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::sync::Arc;
 
 use super::*;
+use crate::http::Request;
 
 const LEN: usize = 32 << 20;
 
@@ -28,47 +29,26 @@ pub(super) fn serve(world: &World, body: Vec<u8>, folder: &Path) {
 fn answer(mut stream: TcpStream, body: &[u8], folder: &Path) -> std::io::Result<()> {
     stream.set_read_timeout(Some(LIMIT))?;
     let mut reader = BufReader::new(stream.try_clone()?);
-    loop {
-        let (mut request, mut len) = (String::new(), 0);
-        loop {
-            let mut line = String::new();
-            if reader.read_line(&mut line)? == 0 {
-                return Ok(());
-            }
-            if line.trim().is_empty() {
-                break;
-            }
-            let lower = line.to_ascii_lowercase();
-            if let Some(number) = lower.strip_prefix("content-length:") {
-                len = number.trim().parse().unwrap_or(0);
-            }
-            if lower.starts_with("expect: 100-continue") {
-                stream.write_all(b"HTTP/1.1 100 Continue\r\n\r\n")?;
-            }
-            if request.is_empty() {
-                request = line;
-            }
-        }
-        let path = request.split(' ').nth(1).unwrap_or("/").trim_start_matches('/').to_owned();
-        if request.starts_with("GET /close/") {
-            let count: usize = path["close/".len()..].parse().unwrap_or(0);
+    while let Some(Request { method, path, len }) = Request::read(&mut reader)? {
+        let count: usize = if method == "GET" {
+            path.trim_start_matches("close/").parse().unwrap_or(0)
+        } else {
+            let mut file = fs::File::create(folder.join(&path))?;
+            std::io::copy(&mut (&mut reader).take(len), &mut file)?;
+            0
+        };
+        if path.starts_with("close/") {
             stream.write_all(b"HTTP/1.1 200 OK\r\nConnection: close\r\n\r\n")?;
             stream.write_all(&body[..count])?;
             stream.shutdown(Shutdown::Write)?;
             reader.read_to_end(&mut Vec::new())?;
-            return Ok(());
+            break;
         }
-        let count: usize = if request.starts_with("GET") {
-            path.parse().unwrap_or(0)
-        } else {
-            let mut file = fs::File::create(folder.join(path))?;
-            std::io::copy(&mut (&mut reader).take(len), &mut file)?;
-            0
-        };
         stream
             .write_all(format!("HTTP/1.1 200 OK\r\nContent-Length: {count}\r\n\r\n").as_bytes())?;
         stream.write_all(&body[..count])?;
     }
+    Ok(())
 }
 
 #[test]
