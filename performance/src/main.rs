@@ -316,7 +316,7 @@ fn tap_read(plan: Plan) -> Part {
     let Plan { rounds, time, .. } = plan;
     let drained =
         turns(rounds, read::Method::ALL, |method, len| read::measure_drain(method, len, time))?;
-    let about = format!("{} packets out of a TAP's queue that was filled before", read::QUEUE);
+    let about = format!("{} packets out of a TAP's queue that was filled before", net::QUEUE);
     let (drain, medians) = packets("tap-read, drain", about, drained, read::Method::name);
     let wants = tap_wants("out of a TAP", &medians, "read(2)", "io_uring READ_MULTISHOT");
     let flooded =

@@ -19,6 +19,9 @@ pub(crate) const ETHERNET: usize = 14;
 pub(crate) const FULL_FRAME: usize = 1514;
 /// The shortest Ethernet frame.
 pub(crate) const SMALL_FRAME: usize = 60;
+/// How many packets a TAP's queue holds. It is more than any reader takes at once, and full frames still
+/// fit into a processor's second or third cache.
+pub(crate) const QUEUE: usize = 1000;
 
 /// `Ok` if the system call did not return -1.
 pub(crate) fn check(result: libc::c_int) -> io::Result<libc::c_int> {

@@ -5,8 +5,11 @@
 
 use std::time::{Duration, Instant};
 
-use crate::plan::Plan;
-use crate::report::Table;
+use crate::common::pin;
+use crate::net::{FULL_FRAME, QUEUE, SMALL_FRAME, Tap, in_new_namespace};
+use crate::ours::Ours;
+use crate::plan::{Part, Plan};
+use crate::report::{Table, Want};
 use crate::result::Result;
 
 /// A contender. Its function does a slice of work, and returns the nanoseconds per packet.
@@ -33,7 +36,7 @@ pub(crate) fn time_each(packets: usize, work: impl FnOnce() -> Result<()>) -> Re
 
 /// Lets the contenders alternate for as long as the plan says. Returns the values of each, in order:
 /// those with the same index were measured beside each other.
-pub(crate) fn alternate(plan: Plan, contenders: &mut [Contender<'_>]) -> Result<Vec<Vec<f64>>> {
+fn alternate(plan: Plan, contenders: &mut [Contender<'_>]) -> Result<Vec<Vec<f64>>> {
     let slices = plan.rounds * plan.time.as_micros().div_ceil(SLICE.as_micros()) as u32;
     let mut values = vec![Vec::new(); contenders.len()];
     for contender in &mut *contenders {
@@ -89,15 +92,57 @@ impl std::fmt::Display for Median {
 const LABELS: &[&str] = &["bytes", "contender"];
 const FIGURES: &[&str] = &["ns above", "ns/packet", "pairs"];
 
-/// A table of what the contenders cost above the first, still without rows.
-pub(crate) fn table(name: &'static str, about: &str) -> Table {
-    let about = format!("{about}; above the first row, with the interval of confidence (95 %)");
-    Table::new(name, about, LABELS, FIGURES)
+/// The most nanoseconds per packet above the plain system call that are wanted, for rings, ownership
+/// and counters together.
+const ABOVE: f64 = 15.0;
+
+/// The cheapest system call, as often as a slice has packets.
+fn no_work() -> Result<f64> {
+    const CALLS: usize = 4096;
+    time_each(CALLS, || {
+        for _ in 0..CALLS {
+            // SAFETY: the call takes nothing. The C library does not keep its result.
+            unsafe { libc::syscall(libc::SYS_getppid) };
+        }
+        Ok(())
+    })
+}
+
+/// What each contender costs above the first, a loop over the call `rival`, for packets of both lengths
+/// over one TAP. `contenders` makes them for packets of so many bytes; the cheapest system call is added.
+/// `way` says where the packets go.
+pub(crate) fn above_call(
+    plan: Plan,
+    (name, about): (&'static str, &str),
+    (way, rival): (&str, &str),
+    contenders: impl for<'t> Fn(&'t Tap, usize) -> Result<Vec<Contender<'t>>> + Sync,
+) -> Part {
+    let about = format!(
+        "{about}, in turns of 2.5 ms; above the first row, with the interval of confidence (95 %)"
+    );
+    let mut table = Table::new(name, about, LABELS, FIGURES);
+    let mut wants = Vec::new();
+    for bytes in [SMALL_FRAME, FULL_FRAME] {
+        let above = in_new_namespace(|| {
+            pin(0);
+            let tap = Tap::open_up("tap0", QUEUE)?;
+            let mut contenders = contenders(&tap, bytes)?;
+            contenders.push(Contender::new("getppid(2)", no_work));
+            let values = alternate(plan, &mut contenders)?;
+            Ok(add_rows(&mut table, bytes, &contenders, &values))
+        })?;
+        let ours = [Ours::PLAIN_INLINE.name(), Ours::URING_INLINE.name()];
+        for (name, above) in above.iter().filter(|(name, _)| ours.contains(name)) {
+            let what = format!("{bytes} B {way}: {name}, ns above {rival}: {above}");
+            wants.push(Want::at_most(what, above.median, ABOVE));
+        }
+    }
+    Ok((vec![table], wants))
 }
 
 /// Adds the rows of contenders that moved packets of `bytes`. Returns what each costs above the
 /// first.
-pub(crate) fn add_rows(
+fn add_rows(
     table: &mut Table,
     bytes: usize,
     contenders: &[Contender<'_>],

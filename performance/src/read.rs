@@ -3,24 +3,21 @@
 mod rivals;
 
 use std::os::fd::AsRawFd;
+use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc;
 use std::thread;
 use std::time::Duration;
 
 use crate::clock::{Elapsed, Moment, Processor};
-use crate::common::pin;
 use crate::contender::{Reader, Taken};
-use crate::net::{
-    FULL_FRAME, PacketSocket, SMALL_FRAME, Tap, check, counters, in_new_namespace, udp_frame,
-};
+use crate::net::{PacketSocket, QUEUE, Tap, check, counters, in_new_namespace, udp_frame};
 use crate::ours::Ours;
 use crate::paired::{self, Contender, time_each};
 use crate::plan::{Part, Plan};
 use crate::report::Sample;
 use crate::result::Result;
 use crate::slots::BATCH;
-use crate::write::{no_work, wants_above};
 use rivals::{Batch, Multishot, Plain, TunRs};
 
 /// The contenders.
@@ -74,9 +71,6 @@ impl Method {
     }
 }
 
-/// How many packets the TAP's queue holds. It is more than any reader takes at once, and full
-/// frames still fit into a processor's second or third cache.
-pub(crate) const QUEUE: usize = 1000;
 /// Longer than any reader has to wait for a packet that is in the queue.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -141,44 +135,29 @@ pub(crate) fn run_paired(plan: Plan) -> Part {
         Method::Ours(Ours::URING_INLINE),
         Method::UringBatch,
     ];
-    let mut table =
-        paired::table("tap-read, paired", "packets out of a TAP's queue, in turns of 2.5 ms");
-    let mut wants = Vec::new();
-    for length in [SMALL_FRAME, FULL_FRAME] {
-        let above = in_new_namespace(|| {
-            pin(0);
-            let tap = Tap::open_up("tap0", QUEUE)?;
-            let socket = &PacketSocket::on(tap.name())?;
-            let frame = &udp_frame(length);
-            let mut contenders = Vec::new();
-            for method in METHODS {
-                let mut reader = method.open(&tap)?;
-                contenders.push(Contender::new(method.name(), move || {
-                    let mut all = 0.0;
-                    for _ in 0..FILLS {
-                        reader.rest()?;
-                        socket.send(frame, QUEUE)?;
-                        all += time_each(QUEUE, || drain(&mut *reader, QUEUE, length))?;
-                    }
-                    Ok(all / FILLS as f64)
-                }));
-            }
-            contenders.push(Contender::new("read(2) of an empty queue", || {
-                let calls = FILLS * QUEUE;
-                time_each(calls, || (0..calls).try_for_each(|_| find_nothing(&tap)))
+    let what = ("tap-read, paired", "packets out of a TAP's queue");
+    paired::above_call(plan, what, ("out of a TAP", "read(2)"), |tap, length| {
+        let socket = Rc::new(PacketSocket::on(tap.name())?);
+        let mut contenders = Vec::new();
+        for method in METHODS {
+            let mut reader = method.open(tap)?;
+            let (socket, frame) = (socket.clone(), udp_frame(length));
+            contenders.push(Contender::new(method.name(), move || {
+                let mut all = 0.0;
+                for _ in 0..FILLS {
+                    reader.rest()?;
+                    socket.send(&frame, QUEUE)?;
+                    all += time_each(QUEUE, || drain(&mut *reader, QUEUE, length))?;
+                }
+                Ok(all / FILLS as f64)
             }));
-            contenders.push(Contender::new("getppid(2)", || {
-                time_each(FILLS * QUEUE, || {
-                    (0..FILLS * QUEUE).for_each(|_| no_work());
-                    Ok(())
-                })
-            }));
-            let values = paired::alternate(plan, &mut contenders)?;
-            Ok(paired::add_rows(&mut table, length, &contenders, &values))
-        })?;
-        wants.extend(wants_above(length, "out of a TAP", "read(2)", &above));
-    }
-    Ok((vec![table], wants))
+        }
+        contenders.push(Contender::new("read(2) of an empty queue", move || {
+            let calls = FILLS * QUEUE;
+            time_each(calls, || (0..calls).try_for_each(|_| find_nothing(tap)))
+        }));
+        Ok(contenders)
+    })
 }
 
 /// A call that finds no packet.

@@ -7,13 +7,12 @@ use std::time::Duration;
 use io_uring::{IoUring, opcode, types};
 
 use crate::clock::Moment;
-use crate::common::pin;
 use crate::contender::Writer;
-use crate::net::{FULL_FRAME, SMALL_FRAME, Tap, counters, in_new_namespace, udp_frame};
+use crate::net::{QUEUE, Tap, counters, in_new_namespace, udp_frame};
 use crate::ours::Ours;
 use crate::paired::{self, Contender, time_each};
 use crate::plan::{Part, Plan};
-use crate::report::{Sample, Want};
+use crate::report::Sample;
 use crate::result::Result;
 use crate::slots::{BATCH, SLOT_SIZE, SLOTS, Slot, filled};
 
@@ -80,7 +79,7 @@ impl Method {
 /// One measurement of one contender, for about `time`.
 pub(crate) fn measure(method: Method, length: usize, time: Duration) -> Result<Sample> {
     in_new_namespace(|| {
-        let tap = Tap::open_up("tap0", 1000)?;
+        let tap = Tap::open_up("tap0", QUEUE)?;
         let mut writer = method.open(&tap, length)?;
         let start = Moment::now();
         let mut packets = 0;
@@ -98,10 +97,6 @@ pub(crate) fn measure(method: Method, length: usize, time: Duration) -> Result<S
 /// How many packets a slice writes, in about [`paired::SLICE`].
 const SLICE: usize = 16 * SLOTS;
 
-/// The most nanoseconds per packet above the plain system call that are wanted, for rings, ownership
-/// and counters together.
-pub(crate) const ABOVE: f64 = 15.0;
-
 /// What each contender without a thread of its own costs above a loop over `write(2)`.
 pub(crate) fn run_paired(plan: Plan) -> Part {
     const METHODS: [Method; 5] = [
@@ -111,52 +106,22 @@ pub(crate) fn run_paired(plan: Plan) -> Part {
         Method::Ours(Ours::URING_INLINE),
         Method::Uring,
     ];
-    let mut table = paired::table("tap-write, paired", "packets into a TAP, in turns of 2.5 ms");
-    let mut wants = Vec::new();
-    for length in [SMALL_FRAME, FULL_FRAME] {
-        let above = in_new_namespace(|| {
-            pin(0);
-            let tap = Tap::open_up("tap0", 1000)?;
-            let mut contenders = Vec::new();
-            for method in METHODS {
-                let mut writer = method.open(&tap, length)?;
-                contenders.push(Contender::new(method.name(), move || {
-                    // The contender before has left its own buffers in the caches.
-                    writer.write(SLOTS)?;
-                    time_each(SLICE, || writer.write(SLICE))
-                }));
-            }
-            contenders.push(Contender::new("write(2) of 1 B, refused", || {
-                time_each(SLICE, || (0..SLICE).try_for_each(|_| refused(&tap)))
+    let what = ("tap-write, paired", "packets into a TAP");
+    paired::above_call(plan, what, ("into a TAP", "write(2)"), |tap, length| {
+        let mut contenders = Vec::new();
+        for method in METHODS {
+            let mut writer = method.open(tap, length)?;
+            contenders.push(Contender::new(method.name(), move || {
+                // The contender before has left its own buffers in the caches.
+                writer.write(SLOTS)?;
+                time_each(SLICE, || writer.write(SLICE))
             }));
-            contenders.push(Contender::new("getppid(2)", || {
-                time_each(SLICE, || {
-                    (0..SLICE).for_each(|_| no_work());
-                    Ok(())
-                })
-            }));
-            let values = paired::alternate(plan, &mut contenders)?;
-            Ok(paired::add_rows(&mut table, length, &contenders, &values))
-        })?;
-        wants.extend(wants_above(length, "into a TAP", "write(2)", &above));
-    }
-    Ok((vec![table], wants))
-}
-
-/// The wants for what ours costs above the plain system call.
-pub(crate) fn wants_above(
-    bytes: usize,
-    what: &str,
-    rival: &str,
-    above: &[(&'static str, paired::Median)],
-) -> Vec<Want> {
-    let ours = [Ours::PLAIN_INLINE.name(), Ours::URING_INLINE.name()];
-    let rows = above.iter().filter(|(name, _)| ours.contains(name));
-    let want = |(name, above): &(&str, paired::Median)| {
-        let what = format!("{bytes} B {what}: {name}, ns above {rival}: {above}");
-        Want::at_most(what, above.median, ABOVE)
-    };
-    rows.map(want).collect()
+        }
+        contenders.push(Contender::new("write(2) of 1 B, refused", move || {
+            time_each(SLICE, || (0..SLICE).try_for_each(|_| refused(tap)))
+        }));
+        Ok(contenders)
+    })
 }
 
 /// A call that the TAP refuses, since no frame is that short.
@@ -167,12 +132,6 @@ fn refused(tap: &Tap) -> Result<()> {
         Some(libc::EINVAL) if written < 0 => Ok(()),
         _ => Err(format!("a write of 1 B gave {written}").into()),
     }
-}
-
-/// The cheapest system call.
-pub(crate) fn no_work() {
-    // SAFETY: the call takes nothing. The C library does not keep its result.
-    unsafe { libc::syscall(libc::SYS_getppid) };
 }
 
 /// One system call per packet.
