@@ -8,6 +8,8 @@ mod bare;
 mod carry;
 mod check;
 mod endpoints;
+#[cfg(test)]
+mod faulty;
 mod limits;
 mod one_way;
 mod place;

@@ -155,36 +155,19 @@ impl Run<'_> {
 
 #[cfg(test)]
 mod tests {
+    use vmring::device::fault::Faults;
+
     use super::*;
     use crate::bench::check::Totals;
-    use crate::device::DeviceName;
-    use crate::nat::NatArgs;
-    use crate::stop::Stop;
-    use vmring::device::fault::Faults;
-    use vmring::{Embedded, Interface};
+    use crate::bench::faulty;
 
-    /// Measures for a fifth of a second between two ports of a network, each behind these faults.
+    /// Measures between two ports of a network, each behind these faults.
     fn totals(network: &str, driving: Driving, fault: impl Fn() -> Faults) -> Totals {
-        let setup = Setup {
-            device: DeviceName::Embedded,
-            size: 60,
-            offload: false,
-            batch: 8,
-            nat: NatArgs::default(),
-            time: Duration::from_millis(200),
-            cpu: None,
-        };
-        let start = |_| {
-            let driver = fault().wrap(Embedded::network(network).overflow(2048));
-            Interface::builder().device(driver).start().unwrap()
-        };
-        let interfaces = (0..2).map(start).collect();
-        let stop = Stop::new().unwrap();
-        let mut clock = Clock::start(&stop, setup.time, None);
-        let mut endpoints = Endpoints::over(interfaces, driving, window(8), &setup).unwrap();
-        let (account, rates) = measure(&setup, driving, &mut endpoints, &mut clock).unwrap();
-        assert!(rates.is_some(), "{account:?}");
-        account.totals()
+        faulty::measure(network, driving, fault, |setup, endpoints, clock| {
+            let (account, rates) = measure(setup, driving, endpoints, clock)?;
+            assert!(rates.is_some(), "{account:?}");
+            Ok(account.totals())
+        })
     }
 
     #[test]

@@ -165,43 +165,21 @@ impl Receives for RingReceiver<'_> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
+    use vmring::device::fault::Faults;
 
     use super::*;
-    use crate::device::DeviceName;
-    use crate::stop::Stop;
-    use vmring::device::fault::Faults;
-    use vmring::{Embedded, Interface};
-
     use crate::bench::endpoints::Driving;
-    use crate::nat::NatArgs;
+    use crate::bench::faulty;
 
-    /// Measures for a fifth of a second between two ports of a network, each behind these faults. Returns the
-    /// totals of the rings and of the bare loop, and how many places were seen.
+    /// Measures between two ports of a network, each behind these faults. Returns the totals of the rings
+    /// and of the bare loop, and how many places were seen.
     fn totals(network: &str, fault: impl Fn() -> Faults, may_lose: bool) -> ([Totals; 2], usize) {
-        let setup = Setup {
-            device: DeviceName::Embedded,
-            size: 60,
-            offload: false,
-            batch: 8,
-            nat: NatArgs::default(),
-            time: Duration::from_millis(200),
-            cpu: None,
-        };
-        let start = |_| {
-            let driver = fault().wrap(Embedded::network(network).overflow(2048));
-            Interface::builder().device(driver).start().unwrap()
-        };
-        let interfaces = (0..2).map(start).collect();
-        let stop = Stop::new().unwrap();
-        let mut clock = Clock::start(&stop, setup.time, None);
-        let mut endpoints =
-            Endpoints::over(interfaces, Driving::Inline, window(8), &setup).unwrap();
         let processors = Processors::choose(None).unwrap();
-        let (places, totals) =
-            measure(&setup, &processors, &mut endpoints, &mut clock, may_lose).unwrap();
-        assert!(places.iter().all(|place| place.times_bare_loop > 0.0), "{places:?}");
-        (totals, places.len())
+        faulty::measure(network, Driving::Inline, fault, |setup, endpoints, clock| {
+            let (places, totals) = measure(setup, &processors, endpoints, clock, may_lose)?;
+            assert!(places.iter().all(|place| place.times_bare_loop > 0.0), "{places:?}");
+            Ok((totals, places.len()))
+        })
     }
 
     #[test]
