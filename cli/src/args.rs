@@ -431,6 +431,7 @@ Examples:
   vmring bench --device loopback --size 60 --batch 1
   vmring bench --device stream
   vmring bench --cpus 0,8 --plot figures.svg
+  vmring bench --both 600
   sudo vmring bench --device tap --seconds 20 --json
 
 Packets go from one interface to another on the same network. The loopback has
@@ -444,8 +445,9 @@ guests is the difference. Every packet is numbered, and checked where it arrives
 What two threads cost depends on how far apart their processors are. The command
 keeps its threads on two, and says whether they are near or far: whether a cache
 line goes to the other one and back in less than 250 ns. If a host moves them
-during a run, that run is of both places. The bare loop is what
-is left of a network: two queues of numbers and a copy, on the same two threads.
+during a run, what was measured in either place is a row of its own. The bare
+loop is what is left of a network: two queues of numbers and a copy, on the same
+two threads.
 A signal (Ctrl-C, SIGTERM, SIGHUP) ends the run with
 the figures so far; a second one ends it at once.
 Exit code: 0 if every packet arrived as it was sent; 1 if one was corrupt or
@@ -474,6 +476,10 @@ pub(crate) struct BenchArgs {
     /// The two processors to use (Linux) [default: the first two that the command may use]
     #[arg(long, value_name = "A,B", value_parser = two_processors)]
     pub(crate) cpus: Option<[usize; 2]>,
+    /// Go on until every row of two threads was measured near and far, at most so long for each. On a machine
+    /// that does not move its processors only one of the two is seen
+    #[arg(long, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub(crate) both: Option<u64>,
     /// Also draw the figures into this file, as SVG
     #[arg(long, value_name = "FILE.svg")]
     pub(crate) plot: Option<PathBuf>,

@@ -10,6 +10,7 @@ mod check;
 mod endpoints;
 #[cfg(test)]
 mod faulty;
+mod intervals;
 mod limits;
 mod one_way;
 mod place;
@@ -35,11 +36,14 @@ use crate::stop::Stop;
 
 use check::{Account, SMALLEST, SMALLEST_OF_TCP, Totals};
 use endpoints::{Driving, Endpoints};
+use intervals::InPlace;
 use limits::{SAMPLE, SIZE, window};
-use place::{Distance, Place, Processors, Seen};
+use place::Processors;
 use progress::Clock;
 use setup::Setup;
-use summary::{ChecksSummary, OneWaySummary, RoundTripSummary, Summary};
+use summary::{
+    ChecksSummary, OneWaySummary, Rates, RingsSummary, RoundTripSummary, Summary, Trips,
+};
 
 /// The bytes of a VLAN tag.
 const VLAN_TAG_LEN: u32 = 4;
@@ -110,7 +114,8 @@ fn run_on(
     let total = Duration::from_secs(args.seconds);
     let (batch, time, nat) = (args.batch as usize, total / measures, args.nat.clone());
     let cpu = processors.pair.map(|[_, second]| second);
-    let setup = Setup { device, size, offload, batch, nat, time, cpu };
+    let both = args.both.map(Duration::from_secs);
+    let setup = Setup { device, size, offload, batch, nat, time, both, cpu };
     summary.checks = ChecksSummary::new(cost_of_checks(&setup));
     let what = format!("measuring the {} device; Ctrl-C ends it", summary.device);
     let mut clock = Clock::start(&stop, total, (!args.json).then_some(&*what));
@@ -206,11 +211,13 @@ fn measure(
             return Ok(());
         }
         let mut endpoints = Endpoints::start(setup, driving, window)?;
-        let before = processors.look();
-        let (account, rates) = one_way::measure(setup, driving, &mut endpoints, clock)?;
-        let place = seen(driving, before, processors.look());
+        let (account, places) =
+            one_way::measure(setup, driving, processors, &mut endpoints, clock)?;
         let rings = finish(setup, endpoints, &account.totals(), summary)?;
-        summary.one_way.push(OneWaySummary { drive, place, rates, rings });
+        summary.rings.push(RingsSummary { drive, ..rings });
+        summary.one_way.extend(places.into_iter().filter_map(|InPlace { place, intervals }| {
+            Some(OneWaySummary { drive, place, rates: Rates::of(&intervals, setup.size)? })
+        }));
     }
     for (driving, drive, waits) in ROUND_TRIP {
         if !clock.tick() {
@@ -223,11 +230,12 @@ fn measure(
             continue;
         }
         let mut endpoints = Endpoints::start(setup, driving, window)?;
-        let before = processors.look();
-        let (account, trips) = round_trip::measure(setup, driving, &mut endpoints, clock)?;
-        let place = seen(driving, before, processors.look());
+        let (account, places) =
+            round_trip::measure(setup, driving, processors, &mut endpoints, clock)?;
         finish(setup, endpoints, &account.totals(), summary)?;
-        summary.round_trip.push(RoundTripSummary { drive, waits, place, trips });
+        summary.round_trip.extend(places.into_iter().filter_map(|InPlace { place, intervals }| {
+            Some(RoundTripSummary { drive, waits, place, trips: Trips::of(&intervals)? })
+        }));
     }
     if !clock.tick() {
         return Ok(());
@@ -254,16 +262,6 @@ fn no_two_threads(setup: &Setup, processors: &Processors) -> Option<&'static str
         return Some("two threads that spin need two processors");
     }
     (setup.device == DeviceName::Loopback).then_some("the loopback has one end")
-}
-
-/// The places of a run with two threads.
-fn seen(driving: Driving, before: Option<Place>, after: Option<Place>) -> Option<Seen> {
-    let places = (before?.distance, after?.distance);
-    (driving != Driving::Inline).then_some(match places {
-        (Distance::Near, Distance::Near) => Seen::Near,
-        (Distance::Far, Distance::Far) => Seen::Far,
-        _ => Seen::Both,
-    })
 }
 
 /// Adds the results of one run to the summary.

@@ -14,6 +14,20 @@ use crate::failure::Failure;
 use crate::nat::NatArgs;
 use crate::stop::Stop;
 
+/// A short measurement.
+pub(super) fn setup() -> Setup {
+    Setup {
+        device: DeviceName::Embedded,
+        size: 60,
+        offload: false,
+        batch: 8,
+        nat: NatArgs::default(),
+        time: Duration::from_millis(200),
+        both: None,
+        cpu: None,
+    }
+}
+
 /// Lets `body` measure for a fifth of a second between two ports of a network, each behind these faults.
 pub(super) fn measure<T>(
     network: &str,
@@ -21,15 +35,7 @@ pub(super) fn measure<T>(
     fault: impl Fn() -> Faults,
     body: impl FnOnce(&Setup, &mut Endpoints, &mut Clock<'_>) -> Result<T, Failure>,
 ) -> T {
-    let setup = Setup {
-        device: DeviceName::Embedded,
-        size: 60,
-        offload: false,
-        batch: 8,
-        nat: NatArgs::default(),
-        time: Duration::from_millis(200),
-        cpu: None,
-    };
+    let setup = setup();
     let start = |_| {
         let driver = fault().wrap(Embedded::network(network).overflow(2048));
         Interface::builder().device(driver).start().unwrap()

@@ -26,14 +26,14 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(1);
 pub(crate) const QUIET: Duration = Duration::from_millis(50);
 /// How long the round trip of a cache line is measured in one look at the processors.
 pub(crate) const LOOK: Duration = Duration::from_millis(2);
+/// The time between two looks while the other place is waited for.
+pub(crate) const LOOK_PAUSE: Duration = Duration::from_millis(100);
 /// The longest sleep between two looks at the clock.
 pub(crate) const NAP: Duration = Duration::from_millis(10);
 /// Turns between two looks at the clock while packets move. A look costs as much as a packet.
 pub(crate) const TURNS: u32 = 16;
 /// Trips before those that count.
 pub(crate) const WARM_UP_TRIPS: u32 = 200;
-/// The interval between two checks for a requested stop.
-pub(crate) const TICK: Duration = Duration::from_millis(50);
 
 /// Packets in flight in all: enough that neither side waits for the other, and fewer than the
 /// kernel queues for a TAP (1,000).

@@ -4,20 +4,22 @@ use std::time::{Duration, Instant};
 
 use super::check::{Account, Pattern};
 use super::endpoints::{Driving, Endpoints};
+use super::intervals::{self, Places};
 use super::limits::{NAP, PATIENCE, SAMPLE, TURNS, WARM_UP, window};
+use super::place::Processors;
 use super::progress::Clock;
 use super::setup::Setup;
-use super::summary::Rates;
 use crate::failure::Failure;
 
-/// Measures for `time`, in intervals. The rates are `None` if it was stopped before the first
-/// interval ended.
+/// Measures packets per second, in intervals by the place of the processors. With [`Driving::Inline`] there is
+/// one thread, and no place.
 pub(crate) fn measure(
     setup: &Setup,
     driving: Driving,
+    processors: &Processors,
     endpoints: &mut Endpoints,
     clock: &mut Clock<'_>,
-) -> Result<(Account, Option<Rates>), Failure> {
+) -> Result<(Account, Places<f64>), Failure> {
     let [from, to] = endpoints.addresses();
     let mut run = Run {
         pattern: setup.pattern(from, to, SAMPLE),
@@ -31,19 +33,15 @@ pub(crate) fn measure(
         endpoints,
     };
     run.go_on(WARM_UP, true)?;
-    let mut rates = Vec::new();
-    let (intervals, interval) = setup.intervals();
-    for _ in 0..intervals {
+    let processors = (driving != Driving::Inline).then_some(processors);
+    let places = intervals::measure(setup, processors, clock, |time| {
         let (start, before) = (Instant::now(), run.account.arrived);
-        run.go_on(interval, true)?;
+        run.go_on(time, true)?;
         let packets = run.account.arrived - before;
-        rates.push(packets as f64 / start.elapsed().as_secs_f64());
-        if !clock.tick() {
-            break;
-        }
-    }
+        Ok(packets as f64 / start.elapsed().as_secs_f64())
+    })?;
     run.go_on(2 * PATIENCE, false)?;
-    Ok((run.account, Rates::of(&rates, setup.size)))
+    Ok((run.account, places))
 }
 
 struct Run<'a> {
@@ -62,7 +60,9 @@ struct Run<'a> {
 impl Run<'_> {
     /// Moves packets for `time`. If not `is_sent`, sends none and ends when all have arrived.
     fn go_on(&mut self, time: Duration, is_sent: bool) -> Result<(), Failure> {
-        let deadline = Instant::now() + time;
+        // Since the last call the processors may have been waited for.
+        self.last_move = Instant::now();
+        let deadline = self.last_move + time;
         let (mut turns, mut has_moved) = (0, false);
         loop {
             if is_sent {
@@ -164,8 +164,9 @@ mod tests {
     /// Measures between two ports of a network, each behind these faults.
     fn totals(network: &str, driving: Driving, fault: impl Fn() -> Faults) -> Totals {
         faulty::measure(network, driving, fault, |setup, endpoints, clock| {
-            let (account, rates) = measure(setup, driving, endpoints, clock)?;
-            assert!(rates.is_some(), "{account:?}");
+            let processors = Processors::choose(None)?;
+            let (account, places) = measure(setup, driving, &processors, endpoints, clock)?;
+            assert!(!places.is_empty(), "{account:?}");
             Ok(account.totals())
         })
     }

@@ -36,26 +36,6 @@ impl Distance {
     }
 }
 
-/// Where the processors were before and after a run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub(crate) enum Seen {
-    Near,
-    Far,
-    /// They moved meanwhile.
-    Both,
-}
-
-impl Seen {
-    pub(crate) fn name(self) -> &'static str {
-        match self {
-            Seen::Near => Distance::Near.name(),
-            Seen::Far => Distance::Far.name(),
-            Seen::Both => "both",
-        }
-    }
-}
-
 /// What a look at the two processors has found.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub(crate) struct Place {

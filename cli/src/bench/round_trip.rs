@@ -9,19 +9,22 @@ use vmring::Frame;
 
 use super::check::{Account, Found, Pattern};
 use super::endpoints::{Driving, Endpoints};
-use super::limits::{PATIENCE, SPINS, TICK, WARM_UP_TRIPS};
+use super::intervals::{self, Places};
+use super::limits::{PATIENCE, SPINS, WARM_UP_TRIPS};
+use super::place::Processors;
 use super::progress::Clock;
 use super::setup::Setup;
-use super::summary::Trips;
 use crate::failure::Failure;
 
-/// Measures for the time in `setup`. The trips are `None` if there was none.
+/// Measures the nanoseconds of trips, by the place of the processors. With [`Driving::Inline`] there is one
+/// thread, and no place.
 pub(crate) fn measure(
     setup: &Setup,
     driving: Driving,
+    processors: &Processors,
     endpoints: &mut Endpoints,
     clock: &mut Clock<'_>,
-) -> Result<(Account, Option<Trips>), Failure> {
+) -> Result<(Account, Places<Histogram<u64>>), Failure> {
     let [first, last] = endpoints.addresses();
     let mut run = Run {
         there: setup.pattern(first, last, 1),
@@ -38,22 +41,18 @@ pub(crate) fn measure(
         }
     }
     let longest = PATIENCE.as_nanos() as u64;
-    let mut times = Histogram::<u64>::new_with_bounds(1, longest, 3).expect("these are possible");
-    let deadline = Instant::now() + setup.time;
-    let mut tick = Instant::now() + TICK;
-    loop {
-        if let Some(time) = run.trip()? {
-            times.saturating_record(time.as_nanos() as u64);
-        }
-        let now = Instant::now();
-        if now >= tick {
-            tick = now + TICK;
-            if !clock.tick() || now >= deadline {
-                break;
+    let processors = (driving != Driving::Inline).then_some(processors);
+    let places = intervals::measure(setup, processors, clock, |time| {
+        let mut times = Histogram::new_with_bounds(1, longest, 3).expect("these are possible");
+        let deadline = Instant::now() + time;
+        while Instant::now() < deadline {
+            if let Some(time) = run.trip()? {
+                times.saturating_record(time.as_nanos() as u64);
             }
         }
-    }
-    Ok((run.account, Trips::of(&times)))
+        Ok(times)
+    })?;
+    Ok((run.account, places))
 }
 
 struct Run<'a> {

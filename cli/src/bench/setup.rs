@@ -23,6 +23,9 @@ pub(crate) struct Setup {
     pub(crate) nat: NatArgs,
     /// The time for each thing that is measured.
     pub(crate) time: Duration,
+    /// How long each row of two threads may take to be measured in both places of the processors. If there
+    /// is no such time, the places that are seen meanwhile are enough.
+    pub(crate) both: Option<Duration>,
     /// The processor of a poller thread. Otherwise it may run on any.
     pub(crate) cpu: Option<usize>,
 }
@@ -65,14 +68,13 @@ impl Setup {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::bench::faulty;
 
     #[test]
     fn a_short_time_has_enough_intervals() {
         let intervals = |millis| {
             let time = Duration::from_millis(millis);
-            let (device, nat) = (DeviceName::Embedded, NatArgs::default());
-            let setup = Setup { device, size: 60, offload: false, batch: 1, nat, time, cpu: None };
-            setup.intervals()
+            Setup { time, ..faulty::setup() }.intervals()
         };
         assert_eq!(intervals(1000), (10, Duration::from_millis(100)));
         assert_eq!(intervals(200), (5, Duration::from_millis(40)));

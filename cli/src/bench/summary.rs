@@ -10,7 +10,7 @@ use vmring::stats::RingStats;
 
 use super::check::Totals;
 use super::limits::SAMPLE;
-use super::place::{Place, Seen};
+use super::place::Place;
 use super::plot::{self, Bar, Group};
 use crate::report::{Batches, Table, grouped, percentile, round};
 
@@ -40,6 +40,8 @@ pub(crate) struct Summary {
     pub(crate) place: Option<Place>,
     pub(crate) place_at_end: Option<Place>,
     pub(crate) one_way: Vec<OneWaySummary>,
+    /// The rings of the one-way runs.
+    pub(crate) rings: Vec<RingsSummary>,
     pub(crate) round_trip: Vec<RoundTripSummary>,
     /// A guest on each of two threads, beside the bare loop, in each place that was seen.
     pub(crate) two_threads: Vec<TwoThreadsSummary>,
@@ -64,23 +66,24 @@ pub(crate) struct ChecksSummary {
     pub(crate) one_way_ns_per_packet: f64,
 }
 
+/// What was measured in one place.
 #[derive(Debug, Serialize)]
 pub(crate) struct OneWaySummary {
     pub(crate) drive: &'static str,
     /// Where the two processors were, if there are two threads.
-    pub(crate) place: Option<Seen>,
-    /// `None` if it was ended before.
-    pub(crate) rates: Option<Rates>,
-    pub(crate) rings: RingsSummary,
+    pub(crate) place: Option<Place>,
+    pub(crate) rates: Rates,
 }
+
+/// What was measured in one place.
 
 #[derive(Debug, Serialize)]
 pub(crate) struct RoundTripSummary {
     pub(crate) drive: &'static str,
     pub(crate) waits: &'static str,
     /// The same as for one way.
-    pub(crate) place: Option<Seen>,
-    pub(crate) trips: Option<Trips>,
+    pub(crate) place: Option<Place>,
+    pub(crate) trips: Trips,
 }
 
 #[derive(Debug, Serialize)]
@@ -154,7 +157,13 @@ pub(crate) struct Trips {
 }
 
 impl Trips {
-    pub(crate) fn of(times: &Histogram<u64>) -> Option<Self> {
+    /// From the trips of several intervals. `None` if there was none.
+    pub(crate) fn of(intervals: &[Histogram<u64>]) -> Option<Self> {
+        let (first, others) = intervals.split_first()?;
+        let mut times = first.clone();
+        for other in others {
+            times.add(other).expect("they have the same bounds");
+        }
         (!times.is_empty()).then(|| Self {
             count: times.len(),
             min_ns: times.min(),
@@ -169,6 +178,7 @@ impl Trips {
 /// The counters of the rings in one run.
 #[derive(Clone, Copy, Debug, Default, Serialize)]
 pub(crate) struct RingsSummary {
+    pub(crate) drive: &'static str,
     /// Batches of the endpoint that sends, and of the one that receives.
     pub(crate) write_batches: Batches,
     pub(crate) read_batches: Batches,
@@ -188,7 +198,7 @@ pub(crate) struct RingsSummary {
 
 impl RingsSummary {
     /// Summarizes the rings, from the one that sends to the one that receives. They may be the
-    /// same.
+    /// same. What drives them is still unnamed.
     pub(crate) fn of<'a>(rings: impl Iterator<Item = &'a Ring> + Clone) -> Self {
         let stats: Vec<_> = rings.clone().map(Ring::stats).collect();
         let (Some(first), Some(last)) = (stats.first(), stats.last()) else {
@@ -204,6 +214,7 @@ impl RingsSummary {
             notifications: sum(|stats| stats.notifications),
             retries: sum(|stats| stats.retries),
             packets: first.tx_packets,
+            ..Self::default()
         }
     }
 
@@ -259,20 +270,17 @@ impl Summary {
             one_way.push(Bar { name, value: median, range: Some([min, max]), is_rival });
         };
         for run in &self.one_way {
-            let Some(rates) = &run.rates else { continue };
-            add(of_place(run.drive, run.place.map(Seen::name)), rates, false);
+            add(of_place(run.drive, run.place), &run.rates, false);
         }
         for run in &self.two_threads {
-            let place = Some(run.place.distance.name());
+            let place = Some(run.place);
             add(of_place("two threads", place), &run.vmring, false);
             add(of_place("bare loop", place), &run.bare_loop, true);
         }
-        let trips = self.round_trip.iter().filter_map(|run| {
-            let trips = run.trips?;
-            let name =
-                of_place(&format!("{}, {}", run.drive, run.waits), run.place.map(Seen::name));
-            let value = trips.median_ns as f64 / 1000.0;
-            Some(Bar { name, value, range: None, is_rival: false })
+        let trips = self.round_trip.iter().map(|run| {
+            let name = of_place(&format!("{}, {}", run.drive, run.waits), run.place);
+            let value = run.trips.median_ns as f64 / 1000.0;
+            Bar { name, value, range: None, is_rival: false }
         });
         let named =
             [("One way, ns per packet", one_way), ("One packet out and back, us", trips.collect())];
@@ -286,7 +294,7 @@ impl Summary {
         let one_way = self.one_way.iter().filter_map(|run| run.place);
         let mut all = one_way.chain(self.round_trip.iter().filter_map(|run| run.place));
         self.place_at_end.is_some_and(|end| end.distance != place.distance)
-            || all.any(|seen| seen.name() != place.distance.name())
+            || all.any(|seen| seen.distance != place.distance)
     }
 
     /// The lines above a picture.
@@ -354,11 +362,11 @@ impl Summary {
         let mut table = Table::new(&heading);
         let mut intervals = 0;
         for run in &self.one_way {
-            let Some(rates) = &run.rates else { continue };
+            let rates = &run.rates;
             intervals = intervals.max(rates.intervals);
             let (packets, ns) = (rates.packets_per_s, rates.ns_per_packet);
             table.row([
-                of_place(run.drive, run.place.filter(|_| self.has_moved()).map(Seen::name)),
+                of_place(run.drive, run.place.filter(|_| self.has_moved())),
                 grouped(packets.median as u64),
                 grouped(packets.min as u64),
                 grouped(packets.max as u64),
@@ -381,16 +389,14 @@ impl Summary {
     fn tell_round_trip(&self, text: &mut String) {
         let heading = ["driven", "waits", "median", "99 %", "99.9 %", "min", "max", "trips"];
         let mut table = Table::new(&heading);
-        let mut any = false;
         for run in &self.round_trip {
-            let Some(trips) = &run.trips else { continue };
-            any = true;
+            let trips = &run.trips;
             let us = |ns: u64| match ns {
                 0..1_000_000 => format!("{:.2}", ns as f64 / 1000.0),
                 _ => format!("{:.0}", ns as f64 / 1000.0),
             };
             table.row([
-                of_place(run.drive, run.place.filter(|_| self.has_moved()).map(Seen::name)),
+                of_place(run.drive, run.place.filter(|_| self.has_moved())),
                 run.waits.to_owned(),
                 us(trips.median_ns),
                 us(trips.p99_ns),
@@ -400,7 +406,7 @@ impl Summary {
                 grouped(trips.count),
             ]);
         }
-        if any {
+        if !self.round_trip.is_empty() {
             let _ = write!(
                 text,
                 "\nOne packet out and back, from submit to reap, in us\n{}",
@@ -412,10 +418,9 @@ impl Summary {
     fn tell_rings(&self, text: &mut String) {
         let heading = ["driven", "per write", "per read", "slept", "submit", "device", "reaper"];
         let mut table = Table::new(&heading);
-        for run in &self.one_way {
-            let rings = &run.rings;
+        for rings in &self.rings {
             table.row([
-                run.drive.to_owned(),
+                rings.drive.to_owned(),
                 format!("{:.1}", rings.write_batches.mean),
                 format!("{:.1}", rings.read_batches.mean),
                 rings.per_thousand(rings.parks),
@@ -424,7 +429,7 @@ impl Summary {
                 rings.per_thousand(rings.notifications),
             ]);
         }
-        if !self.one_way.is_empty() {
+        if !self.rings.is_empty() {
             let _ = write!(
                 text,
                 "\nThe rings, one way: packets per write and per read; and how often, for 1,000\n\
@@ -463,8 +468,8 @@ impl Summary {
 }
 
 /// A name with the place behind it.
-fn of_place(name: &str, place: Option<&str>) -> String {
-    place.map_or_else(|| name.to_owned(), |place| format!("{name}, {place}"))
+fn of_place(name: &str, place: Option<Place>) -> String {
+    place.map_or_else(|| name.to_owned(), |place| format!("{name}, {}", place.distance.name()))
 }
 
 /// Nanoseconds as a number. From a millisecond on, an interval moved next to nothing, and only the
@@ -501,13 +506,8 @@ mod tests {
     #[test]
     fn the_places_and_the_bare_loop_are_told_and_drawn() {
         let rates = |rate| Rates::of(&[rate, 2.0 * rate, rate], 1514).unwrap();
-        let one_way = |drive, place, rate| OneWaySummary {
-            drive,
-            place,
-            rates: Some(rates(rate)),
-            rings: RingsSummary::default(),
-        };
-        let near = Some(Seen::Near);
+        let one_way = |drive, place, rate| OneWaySummary { drive, place, rates: rates(rate) };
+        let near = Some(NEAR);
         let mut summary = Summary {
             cpus: Some([0, 8]),
             place: Some(NEAR),
@@ -538,9 +538,12 @@ mod tests {
         ];
         assert_eq!(names, wanted);
         assert!(!text.contains("  poller, near  10,000,000"), "one place needs no word: {text}");
-        summary.one_way[1].place = Some(Seen::Both);
-        assert!(summary.text().contains("  poller, both  10,000,000"), "{}", summary.text());
-        summary.one_way[1].place = near;
+        summary.one_way.push(one_way("poller", Some(FAR), 5e6));
+        let text = summary.text();
+        for row in ["  poller, near  10,000,000", "  poller, far    5,000,000"] {
+            assert!(text.contains(row), "no {row} in {text}");
+        }
+        summary.one_way.pop();
         summary.place_at_end = Some(FAR);
         let text = summary.text();
         assert!(text.contains("130 ns; at the end far, 541 ns\n"), "{text}");
@@ -555,6 +558,7 @@ mod tests {
             times.record(ns).unwrap();
         }
         let counts = RingsSummary {
+            drive: "poller",
             parks: 1_000_000,
             doorbells: 1_000_000,
             device_wakeups: 1_000_000,
@@ -566,12 +570,8 @@ mod tests {
             place: Some(FAR),
             place_at_end: Some(NEAR),
             cpus: Some([126, 127]),
-            one_way: vec![OneWaySummary {
-                drive: "poller",
-                place: Some(Seen::Near),
-                rates: Some(rates),
-                rings: counts,
-            }],
+            one_way: vec![OneWaySummary { drive: "poller", place: Some(NEAR), rates }],
+            rings: vec![counts],
             two_threads: vec![
                 TwoThreadsSummary::new(NEAR, rates, rates),
                 TwoThreadsSummary::new(FAR, rates, rates),
@@ -579,8 +579,8 @@ mod tests {
             round_trip: vec![RoundTripSummary {
                 drive: "poller",
                 waits: "spinning",
-                place: Some(Seen::Far),
-                trips: Trips::of(&times),
+                place: Some(FAR),
+                trips: Trips::of(&[times]).unwrap(),
             }],
             ..Summary::default()
         };
@@ -597,10 +597,11 @@ mod tests {
     #[test]
     fn trips_are_counted_by_their_share() {
         let mut times = Histogram::new(3).unwrap();
-        assert_eq!(Trips::of(&times), None);
+        assert_eq!(Trips::of(&[]), None);
+        assert_eq!(Trips::of(&[times.clone()]), None);
         (1..=1000).for_each(|ns| times.record(ns).unwrap());
-        let trips = Trips::of(&times).unwrap();
-        assert_eq!((trips.count, trips.min_ns, trips.median_ns), (1000, 1, 500));
+        let trips = Trips::of(&[times.clone(), times]).unwrap();
+        assert_eq!((trips.count, trips.min_ns, trips.median_ns), (2000, 1, 500));
         assert_eq!((trips.p99_ns, trips.p99_9_ns, trips.max_ns), (990, 999, 1000));
     }
 }

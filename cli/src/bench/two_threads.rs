@@ -6,24 +6,16 @@ use super::bare::Bare;
 use super::carry::{Receives, Run, Sends};
 use super::check::{Account, Pattern, Totals};
 use super::endpoints::{Endpoint, Endpoints};
+use super::intervals::{self, InPlace};
 use super::limits::{PATIENCE, SAMPLE, WARM_UP, window};
-use super::place::{Distance, Place, Processors};
+use super::place::Processors;
 use super::progress::Clock;
 use super::setup::Setup;
 use super::summary::{Rates, TwoThreadsSummary};
 use crate::failure::Failure;
 
-/// What was measured in one place: packets per second of each interval.
-#[derive(Default)]
-struct Measured {
-    trips: Vec<f64>,
-    ours: Vec<f64>,
-    bare: Vec<f64>,
-}
-
-/// Measures both in turns. Each interval belongs to the place where the processors were before and after it;
-/// one during which they moved is repeated. Returns the summary of each place that was seen, and the totals
-/// of the rings' packets and of the bare loop's.
+/// Measures both in turns. Returns the summary of each place that was seen, and the totals of the rings'
+/// packets and of the bare loop's.
 pub(crate) fn measure(
     setup: &Setup,
     processors: &Processors,
@@ -46,32 +38,13 @@ pub(crate) fn measure(
     };
     ours(&mut run, WARM_UP)?;
     bare(&mut loop_run, WARM_UP)?;
-    let mut places: [Measured; 2] = Default::default();
-    let (intervals, interval) = setup.intervals();
-    let mut left = intervals;
-    // Processors that move all the time leave fewer intervals, and not a run without an end.
-    for _ in 0..2 * intervals {
-        let before = processors.look();
-        let rates = (ours(&mut run, interval)?, bare(&mut loop_run, interval)?);
-        let after = processors.look();
-        if let (Some(before), Some(after)) = (before, after)
-            && before.distance == after.distance
-        {
-            let place = &mut places[usize::from(before.distance == Distance::Far)];
-            place.trips.extend([before.round_trip_ns, after.round_trip_ns]);
-            place.ours.push(rates.0);
-            place.bare.push(rates.1);
-            left -= 1;
-        }
-        if !clock.tick() || left == 0 {
-            break;
-        }
-    }
-    let summaries = places.into_iter().filter_map(|measured| {
-        let place = Place::of(measured.trips)?;
-        let (vmring, bare_loop) =
-            (Rates::of(&measured.ours, setup.size), Rates::of(&measured.bare, setup.size));
-        Some(TwoThreadsSummary::new(place, vmring?, bare_loop?))
+    let places = intervals::measure(setup, Some(processors), clock, |time| {
+        Ok((ours(&mut run, time)?, bare(&mut loop_run, time)?))
+    })?;
+    let summaries = places.into_iter().filter_map(|InPlace { place, intervals }| {
+        let (ours, bare): (Vec<f64>, Vec<f64>) = intervals.into_iter().unzip();
+        let (vmring, bare_loop) = (Rates::of(&ours, setup.size), Rates::of(&bare, setup.size));
+        Some(TwoThreadsSummary::new(place?, vmring?, bare_loop?))
     });
     Ok((summaries.collect(), [run.totals(), loop_run.totals()]))
 }
