@@ -244,13 +244,24 @@ impl Framing {
         mut front: impl FnMut() -> [u8; FRONT],
     ) -> bool {
         let packet = len.wrapping_sub(self.header);
-        let longest = self.max_packet_size - VLAN_TAG_LEN;
-        let drops = packet > longest && self.is_too_long(&front(), packet)
+        let drops = self.is_long(len) && self.is_too_long(&front(), packet)
             || len == room && promises_more(&front(), packet);
         if drops {
             self.count_dropped(len);
         }
         drops
+    }
+
+    /// Whether [`drops_packet`](Self::drops_packet) has to look into the packet. It keeps every other one.
+    #[inline]
+    pub(crate) fn may_drop(&self, len: usize, room: usize) -> bool {
+        self.is_long(len) || len == room
+    }
+
+    /// Whether a packet is longer than the longest one without a tag, or lacks a part of its offload header.
+    #[inline]
+    fn is_long(&self, len: usize) -> bool {
+        len.wrapping_sub(self.header) > self.max_packet_size - VLAN_TAG_LEN
     }
 
     /// Whether a packet that is longer than the longest one without a tag is too long. `front` is its

@@ -235,20 +235,12 @@ impl Plain {
         // SAFETY: the pieces are of the first posted reads, which stay posted during the call: of a frame,
         // which we own, or in the mapping that a guest's buffer keeps alive.
         let (filled, errno) = unsafe { read_each(fd.as_raw_fd(), run.first(count), lens) };
-        let mut kept = 0;
-        for (at, slot) in cx.posted_reads().take(filled).enumerate() {
-            let (len, room) = (lens[at], run.first(count)[at].iov_len);
-            if framing.drops_packet(len, room, || framing.front(slot)) {
-                continue;
-            }
-            if kept < at {
-                // SAFETY: as above. Both reads are still posted.
-                unsafe { move_bytes(&run.first(count)[at], &run.first(count)[kept], len) };
-                lens[kept] = len;
-            }
-            kept += 1;
-        }
-        for len in &lens[..kept] {
+        let mut places = run.first(filled).iter().zip(&*lens);
+        let kept = match places.any(|(place, len)| framing.may_drop(*len, place.iov_len)) {
+            true => self.drop_some(cx, filled, framing),
+            false => filled,
+        };
+        for len in &self.lens[..kept] {
             let Some(slot) = cx.take_shown(Class::Read) else { break };
             framing.complete_received(cx, slot, *len);
         }
@@ -258,6 +250,29 @@ impl Plain {
         }
         self.run_of_reads = RUN_MAX.min(2 * self.run_of_reads);
         Ok(filled - kept)
+    }
+
+    /// Drops those of the first `filled` packets that [`Framing::drops_packet`] names. Those behind a dropped
+    /// one move into earlier reads. Returns how many are left.
+    #[cold]
+    fn drop_some(&mut self, cx: &mut PollContext<'_>, filled: usize, framing: &Framing) -> usize {
+        let Self { run, lens, .. } = self;
+        let mut kept = 0;
+        for (at, slot) in cx.posted_reads().take(filled).enumerate() {
+            let (len, room) = (lens[at], run.first(filled)[at].iov_len);
+            if framing.drops_packet(len, room, || framing.front(slot)) {
+                continue;
+            }
+            if kept < at {
+                let (from, to) = (&run.first(filled)[at], &run.first(filled)[kept]);
+                // SAFETY: the pieces are of the first posted reads, which are still posted: of a frame, which
+                // we own, or in the mapping that a guest's buffer keeps alive.
+                unsafe { move_bytes(from, to, len) };
+                lens[kept] = len;
+            }
+            kept += 1;
+        }
+        kept
     }
 
     /// Fills the first posted read, which is several pieces of a guest's memory, or fails it, because it
