@@ -1049,9 +1049,9 @@ fn exact_slots(engine: TapEngine, tagged: bool) {
     // 18 bytes of headroom and 1518 bytes of packet make 12 * 128 bytes.
     let mut ring = host.ring(Direction::Read).headroom(18).build().expect("a ring");
     assert_eq!(ring.pools()[0].capacity(), 1518);
-    for _ in 0..64 {
+    for number in 0..64 {
         let frame = ring.alloc().expect("a frame");
-        ring.submit_read(frame, 0).expect("a credit");
+        ring.submit_read(frame, number).expect("a credit");
     }
     sh("ip link set a0 mtu 9000");
     // One fits, one is one byte too long, one is much too long. When the last one arrives, all
@@ -1060,12 +1060,16 @@ fn exact_slots(engine: TapEngine, tagged: bool) {
     for len in [longest, longest + 1, 8000, 43] {
         send_frame("a0", &ipv4_frame(len, tagged));
     }
-    let mut lengths = Vec::new();
+    let (mut lengths, mut numbers) = (Vec::new(), Vec::new());
     while lengths.last() != Some(&43) {
         assert!(ring.wait(1, Some(Duration::from_secs(20))) > 0, "{lengths:?}");
-        lengths.extend(ring.reap().map(|done| done.take_packet().expect("a packet").len()));
+        for done in ring.reap() {
+            numbers.push(done.user_data);
+            lengths.push(done.take_packet().expect("a packet").len());
+        }
     }
     assert_eq!((&lengths[..], too_big(&host)), (&[longest, 43][..], 2));
+    assert_eq!(numbers, [0, 1], "the read that was posted first completes first");
     ring.close().expect("it closes");
     host.restart(LONG).expect("it starts again");
     assert_eq!(too_big(&host), 2, "a restart forgets nothing");

@@ -186,6 +186,9 @@ impl Uring {
             state.take_back(cx, framing, |slot| recall.wants(slot))?;
             self.recall.clear();
         }
+        if self.recall.is_empty() {
+            state.post_dropped(cx);
+        }
         result?;
         let more = state.must_enter || state.has_work();
         // On a thread's queue the oldest slot is scattered if the kernel has none and some are posted.
@@ -241,6 +244,7 @@ impl Uring {
             return false;
         }
         state.unregister();
+        state.rejoin();
         for bid in state.order.drain(..) {
             if let Some(slot) = state.reads[usize::from(bid)].take() {
                 cx.cancel(slot);
@@ -262,6 +266,9 @@ struct UringState {
     reads: Box<[Option<PostedSlot>]>,
     /// The numbers of the buffers that the kernel holds, in the order in which it will fill them.
     order: VecDeque<u16>,
+    /// The numbers of the buffers whose packets were dropped. They are older than those of `order`, so the
+    /// next packets move into them, and no others are given to the kernel until it has none.
+    dropped: VecDeque<u16>,
     /// The numbers of the buffers that the kernel does not hold.
     free_reads: Vec<u16>,
     /// The slots that the kernel may read, by write number.
@@ -360,6 +367,7 @@ impl UringState {
             single_issuer,
             reads: (0..reads).map(|_| None).collect(),
             order: VecDeque::with_capacity(usize::from(reads)),
+            dropped: VecDeque::with_capacity(usize::from(reads)),
             free_reads: (0..reads).rev().collect(),
             writes: (0..URING_WRITES).map(|_| None).collect(),
             free_writes: (0..URING_WRITES).rev().collect(),
@@ -450,6 +458,9 @@ impl UringState {
     /// Gives the kernel the slots of the posted reads, up to `URING_READS` at a time, and up to the
     /// first one that is in several pieces.
     fn provide(&mut self, cx: &mut PollContext<'_>, framing: &Framing) {
+        if !self.dropped.is_empty() {
+            return;
+        }
         while let Some(&number) = self.free_reads.last() {
             let Some(mut slot) = cx.take_read() else { break };
             match framing.to_read(&mut slot) {
@@ -547,7 +558,8 @@ impl UringState {
     /// multishot read failed; the slots are accounted for all the same.
     fn complete(&mut self, cx: &mut PollContext<'_>, framing: &Framing) -> Result<(), Status> {
         let mut result = Ok(());
-        let Self { ring, reads, order, free_reads, writes, free_writes, refused, .. } = self;
+        let Self { ring, reads, order, dropped, free_reads, writes, free_writes, refused, .. } =
+            self;
         let (places, link_writes) = (&self.places, self.link_writes);
         for cqe in ring.completion() {
             match cqe.user_data() {
@@ -561,16 +573,26 @@ impl UringState {
                             _ => order.retain(|other| *other != number),
                         }
                         if let Some(mut slot) = reads[usize::from(number)].take() {
-                            free_reads.push(number);
                             let received = usize::try_from(cqe.result());
-                            match (received, framing.to_read(&mut slot)) {
-                                (Ok(len), Space::Piece(_, room))
-                                    if !framing
-                                        .drops_packet(len, room, || framing.front(&mut slot)) =>
-                                {
+                            let len = match (received, framing.to_read(&mut slot)) {
+                                (Ok(len), Space::Piece(_, room)) => {
+                                    let front = || framing.front(&mut slot);
+                                    Some(len).filter(|len| !framing.drops_packet(*len, room, front))
+                                }
+                                _ => None,
+                            };
+                            match (len, dropped.is_empty()) {
+                                (Some(len), true) => {
+                                    free_reads.push(number);
                                     framing.complete_received(cx, slot, len);
                                 }
-                                _ => cx.put_back(slot),
+                                (len, _) => {
+                                    reads[usize::from(number)] = Some(slot);
+                                    dropped.push_back(number);
+                                    if let Some(len) = len {
+                                        move_up(reads, dropped, free_reads, cx, framing, len);
+                                    }
+                                }
                             }
                         }
                     }
@@ -626,6 +648,26 @@ impl UringState {
         result
     }
 
+    /// Puts the slots whose packets were dropped back to the front of the posted ones, once the kernel has no
+    /// others.
+    fn post_dropped(&mut self, cx: &mut PollContext<'_>) {
+        while self.order.is_empty()
+            && let Some(number) = self.dropped.pop_back()
+        {
+            self.free_reads.push(number);
+            if let Some(slot) = self.reads[usize::from(number)].take() {
+                cx.put_back(slot);
+            }
+        }
+    }
+
+    /// Puts the buffers whose packets were dropped in front of the others. The kernel must have none.
+    fn rejoin(&mut self) {
+        while let Some(number) = self.dropped.pop_back() {
+            self.order.push_front(number);
+        }
+    }
+
     /// Whether no request is in flight, so that the kernel no longer touches any slot.
     fn lets_go(&self) -> bool {
         !self.armed && !self.is_writing()
@@ -643,6 +685,7 @@ impl UringState {
         self.ring.submitter().unregister_buf_ring(GROUP).map_err(|error| status_of(&error))?;
         self.buffers.forget_all();
         self.register().map_err(|_| Status::MemFailure)?;
+        self.rejoin();
         for _ in 0..self.order.len() {
             let Some(number) = self.order.pop_front() else { break };
             let Some(mut slot) = self.reads[usize::from(number)].take() else { continue };
@@ -659,6 +702,35 @@ impl UringState {
         }
         self.buffers.publish();
         Ok(())
+    }
+}
+
+/// Moves the packet of `len` bytes in the newest buffer of `dropped` into the oldest one, and completes that
+/// read. So reads complete in the order in which they were posted.
+#[cold]
+fn move_up(
+    reads: &mut [Option<PostedSlot>],
+    dropped: &mut VecDeque<u16>,
+    free_reads: &mut Vec<u16>,
+    cx: &mut PollContext<'_>,
+    framing: &Framing,
+    len: usize,
+) {
+    let (newest, oldest) = (dropped.back().copied(), dropped.pop_front());
+    let (Some(newest), Some(oldest)) = (newest, oldest) else { return };
+    let mut space = |number: u16| match framing.to_read(reads[usize::from(number)].as_mut()?) {
+        Space::Piece(start, len) => Some((start, len)),
+        _ => None,
+    };
+    if let (Some((from, _)), Some((to, room))) = (space(newest), space(oldest)) {
+        // SAFETY: the spaces are of slots in `reads` that the kernel does not hold: of frames, which we own,
+        // or in the mapping that a guest's buffer keeps alive. The kernel has written `len` bytes into the
+        // first one. A guest may have posted buffers that overlap.
+        unsafe { std::ptr::copy(from, to, len.min(room)) };
+    }
+    if let Some(slot) = reads[usize::from(oldest)].take() {
+        free_reads.push(oldest);
+        framing.complete_received(cx, slot, len);
     }
 }
 
