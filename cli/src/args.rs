@@ -205,7 +205,7 @@ pub(crate) struct BridgeArgs {
     pub(crate) plain: Option<WhichEnd>,
     /// How frames are moved into and out of a TAP
     #[cfg(target_os = "linux")]
-    #[arg(long, value_name = "ENGINE", default_value = "auto", value_parser = ENGINES)]
+    #[arg(long, value_name = "ENGINE", default_value = "plain", value_parser = ENGINES)]
     pub(crate) engine: vmring::TapEngine,
     /// The largest IP packet of both ends in bytes [default: each end's own]
     #[arg(long, value_name = "BYTES")]

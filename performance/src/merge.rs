@@ -95,7 +95,8 @@ fn measure(method: Method<'_>, way: Way, seconds: u32) -> Result<Stream> {
         Method::Software(program) => (program, &["--offload=software", "--plain=a"][..]),
         Method::TunRs => return measure_tun_rs(&ends, way, seconds),
     };
-    let bridge = Bridge::start(program, "io_uring", offload)?;
+    // The engine that the command takes by itself.
+    let bridge = Bridge::start(program, "plain", offload)?;
     connect(&ends)?;
     let before = bridge.processor_time()?;
     let transfer = transfer(&ends, Offload::Off, way, seconds)?;
