@@ -28,11 +28,19 @@ pub(crate) fn measure<T>(
     setup: &Setup,
     processors: Option<&Processors>,
     clock: &mut Clock<'_>,
+    measure: impl FnMut(Duration) -> Result<T, Failure>,
+) -> Result<Places<T>, Failure> {
+    by_looks(setup, || processors.and_then(Processors::look), clock, measure)
+}
+
+fn by_looks<T>(
+    setup: &Setup,
+    mut look: impl FnMut() -> Option<Place>,
+    clock: &mut Clock<'_>,
     mut measure: impl FnMut(Duration) -> Result<T, Failure>,
 ) -> Result<Places<T>, Failure> {
     let (count, time) = setup.intervals();
     let count = count as usize;
-    let look = || processors.and_then(Processors::look);
     let index = |place: Place| usize::from(place.distance == Distance::Far);
     let mut places: [(Vec<f64>, Vec<T>); 2] = Default::default();
     let mut before = look();
@@ -83,40 +91,56 @@ mod tests {
     use crate::bench::faulty;
     use crate::stop::Stop;
 
-    fn measured(both: Option<Duration>, is_looked_at: bool) -> Places<u32> {
+    /// Measures intervals, which are numbers, while the processors are where `looks` says; in the end they stay
+    /// where they are last. N is near, F is far, and anything else is no place.
+    fn measured(both: Option<Duration>, looks: &str) -> Vec<(Option<f64>, Vec<u32>)> {
         let setup = Setup { both, ..faulty::setup() };
-        let processors = Processors::choose(None).unwrap();
         let stop = Stop::new().unwrap();
         let mut clock = Clock::start(&stop, setup.time, None);
+        let (mut looks, mut last) = (looks.chars(), ' ');
+        let look = || {
+            last = looks.next().unwrap_or(last);
+            Place::of(match last {
+                'N' => vec![130.0],
+                'F' => vec![540.0],
+                _ => vec![],
+            })
+        };
         let mut number = 0;
         let count = |_| {
             number += 1;
             Ok(number)
         };
-        measure(&setup, is_looked_at.then_some(&processors), &mut clock, count).unwrap()
+        let places = by_looks(&setup, look, &mut clock, count).unwrap();
+        let row = |of: InPlace<u32>| (of.place.map(|place| place.round_trip_ns), of.intervals);
+        places.into_iter().map(row).collect()
+    }
+
+    const LONG: Option<Duration> = Some(Duration::from_secs(3600));
+
+    #[test]
+    fn an_interval_belongs_to_the_place_before_and_after_it() {
+        let near = |intervals: &[u32]| (Some(130.0), intervals.to_vec());
+        let far = |intervals: &[u32]| (Some(540.0), intervals.to_vec());
+        assert_eq!(measured(None, "N"), [near(&[1, 2, 3, 4, 5])]);
+        // During the second and the fourth interval they moved.
+        assert_eq!(measured(None, "NNFFN"), [near(&[1, 5, 6, 7]), far(&[3])]);
+        // They never stay. There are twice as many tries as intervals.
+        assert_eq!(measured(None, &"NF".repeat(20)), []);
     }
 
     #[test]
-    fn one_thread_has_no_place() {
-        let all = [InPlace { place: None, intervals: vec![1, 2, 3, 4, 5] }];
-        assert_eq!(measured(None, false), all);
-        // It does not wait for one either.
-        assert_eq!(measured(Some(Duration::from_secs(3600)), false), all);
+    fn the_other_place_is_waited_for_if_both_are_wanted() {
+        let (near, far) = ((Some(130.0), vec![1, 2, 3, 4, 5]), (Some(540.0), vec![6, 7, 8, 9, 10]));
+        assert_eq!(measured(LONG, "NNNNNNNF"), [near.clone(), far]);
+        // It never comes.
+        assert_eq!(measured(Some(Duration::from_millis(1)), "N"), [near]);
     }
 
     #[test]
-    fn each_place_has_its_own_intervals() {
-        for both in [None, Some(Duration::from_millis(100))] {
-            let places = measured(both, true);
-            let counts: Vec<_> = places.iter().map(|place| place.intervals.len()).collect();
-            assert!(counts.iter().all(|count| (1..=5).contains(count)), "{places:?}");
-            let distances: Vec<_> =
-                places.iter().map(|of| of.place.map(|of| of.distance)).collect();
-            let mut different = distances.clone();
-            different.dedup();
-            assert_eq!(distances, different);
-            let has_place = crate::system::processors() > 1;
-            assert!(distances.iter().all(|distance| distance.is_some() == has_place), "{places:?}");
+    fn one_thread_has_no_place_and_waits_for_none() {
+        for both in [None, LONG] {
+            assert_eq!(measured(both, "-"), [(None, vec![1, 2, 3, 4, 5])]);
         }
     }
 }
