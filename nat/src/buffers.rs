@@ -32,20 +32,23 @@ impl Pool {
         }
     }
 
+    /// Whether a port's flow would get a queue now.
+    pub(crate) fn has_block(&self, port: Port) -> bool {
+        self.held[port.0 as usize] < (self.limit / 4 * 3).max(1)
+            && (self.made < self.limit || !self.free.is_empty())
+    }
+
     /// An empty queue of bytes for a port's flow, or `None` if all blocks are in use, or three quarters
     /// of them by this port.
     pub(crate) fn take(&mut self, port: Port) -> Option<ByteQueue> {
-        let held = &mut self.held[port.0 as usize];
-        if *held >= (self.limit / 4 * 3).max(1) {
+        if !self.has_block(port) {
             return None;
         }
-        let block = self.free.pop().or_else(|| {
-            (self.made < self.limit).then(|| {
-                self.made += 1;
-                vec![0; self.block].into()
-            })
-        })?;
-        *held += 1;
+        let block = self.free.pop().unwrap_or_else(|| {
+            self.made += 1;
+            vec![0; self.block].into()
+        });
+        self.held[port.0 as usize] += 1;
         Some(ByteQueue { block, head: 0, len: 0, port })
     }
 

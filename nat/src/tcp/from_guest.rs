@@ -9,7 +9,8 @@ use std::io::IoSlice;
 
 use crate::io::Io;
 use crate::limits::{
-    ASK_AFTER, BATCH, DUPLICATE_ACKS, LOOK_AGAIN, MAX_WINDOW, SMALL_SOCKET_BUFFER, TIME_WAIT,
+    ASK_AFTER, BATCH, DUPLICATE_ACKS, LOOK_AGAIN, MAX_WINDOW, SMALL_SOCKET_BUFFER, SPILL_BLOCK,
+    TIME_WAIT,
 };
 use crate::retained::Retained;
 use crate::seq::Seq;
@@ -476,6 +477,7 @@ impl<T> Flow<T> {
             match io.sockets.send(socket, &spill.bytes()) {
                 Ok(sent) => {
                     spill.remove(sent);
+                    self.just_writable = false;
                     self.sent += sent as u64;
                     io.ports.count_n(self.key.port, Counter::TcpBytesSent, sent as u64);
                 }
@@ -492,6 +494,9 @@ impl<T> Flow<T> {
             && let Some(spill) = self.spill.take()
         {
             memory.spill.give_back(spill);
+            // The guest may wait for its window, and the socket has already said that it takes bytes.
+            self.ask_space(io, memory);
+            self.ack_due |= self.has_room(io, memory);
         }
         Ok(())
     }
@@ -528,7 +533,8 @@ impl<T> Flow<T> {
     /// How many bytes the guest may send from `rcv_nxt` on, as far as the socket is known.
     fn room<S: Sockets<Socket = T>>(&self, io: &mut Io<'_, S>, memory: &Memory) -> u32 {
         let spilled = self.spill.as_ref().map_or(0, |spill| spill.len() as u32);
-        let mut room = self.space.free.saturating_sub(spilled).min(MAX_WINDOW);
+        let room = self.space.free.saturating_add(self.overfill(memory));
+        let mut room = room.saturating_sub(spilled).min(MAX_WINDOW);
         if memory.kernel > io.config.limits.kernel_memory {
             // The flow may have as much in the kernel as a small buffer holds.
             let used = self.space.capacity.saturating_sub(self.space.free);
@@ -536,6 +542,22 @@ impl<T> Flow<T> {
         }
         let frame = self.guest_frame(io);
         room.min(io.ports.share(self.key.port, frame, &self.share, io.now))
+    }
+
+    /// How many bytes the guest may be offered beyond what the socket takes: as many as the socket takes
+    /// when it is empty, and as a block of the spill holds.
+    ///
+    /// A system makes a socket's send buffer larger if the peer takes what is in it, but only after
+    /// somebody has found it full (`tcp_check_space` in net/ipv4/tcp_input.c). A guest that is offered no
+    /// more than the buffer takes never fills it, and its stream stays at the first size: 51 KiB at a
+    /// time. So it may fill a buffer that the peer empties, which is one that is less than half full.
+    fn overfill(&self, memory: &Memory) -> u32 {
+        let drains = self.spill.is_none() && self.space.free > self.space.capacity / 2;
+        if drains && memory.spill.has_block(self.key.port) {
+            self.space.capacity.min(SPILL_BLOCK as u32)
+        } else {
+            0
+        }
     }
 
     /// The longest segment that the guest may send, and about how many bytes it puts into one frame: more

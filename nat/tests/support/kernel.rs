@@ -73,6 +73,8 @@ pub(crate) struct Peer {
     /// How much of that the peer has not read.
     pub(crate) queued: usize,
     pub(crate) capacity: usize,
+    /// A call found less space than it asked for.
+    pub(crate) was_full: bool,
     pub(crate) armed: bool,
     pub(crate) shut: bool,
     /// How the translator ended it: `Some(true)` with a reset.
@@ -105,6 +107,8 @@ pub(crate) struct World {
     pub(crate) events: VecDeque<(Token, Readiness)>,
     pub(crate) answer: Answer,
     pub(crate) capacity: usize,
+    /// As Linux does it, a buffer that was full has twice its size when the peer has read something.
+    pub(crate) grows: bool,
     pub(crate) calls: Calls,
     pub(crate) capabilities: Capabilities,
     /// The most bytes that one call moves.
@@ -147,6 +151,7 @@ impl Kernel {
             events: VecDeque::new(),
             answer: Answer::Later,
             capacity: 200_000,
+            grows: false,
             calls: Calls::default(),
             capabilities: Capabilities {
                 peek_offset_v4: true,
@@ -228,7 +233,11 @@ impl Kernel {
 
     /// The peer reads so much.
     pub(crate) fn read(&self, index: usize, len: usize) {
+        let grows = self.0.borrow().grows;
         let armed = self.with(index, |peer| {
+            if grows && len > 0 && std::mem::take(&mut peer.was_full) {
+                peer.capacity *= 2;
+            }
             peer.queued = peer.queued.saturating_sub(len);
             peer.takes() && std::mem::take(&mut peer.armed)
         });
@@ -314,6 +323,7 @@ impl Peer {
             sent: Vec::new(),
             queued: 0,
             capacity,
+            was_full: false,
             armed: false,
             shut: false,
             closed: None,
@@ -471,7 +481,9 @@ impl Sockets for Kernel {
                 return Err(error);
             }
             let all: usize = from.iter().map(|part| part.len()).sum();
-            let len = all.min(most).min(peer.capacity - peer.queued);
+            let space = peer.capacity - peer.queued;
+            peer.was_full |= all > space;
+            let len = all.min(most).min(space);
             if len == 0 {
                 return Err(SocketError::WouldBlock);
             }

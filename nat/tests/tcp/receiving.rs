@@ -196,23 +196,29 @@ fn the_window_follows_the_kernels_buffer() {
         script.open().run(
             "
             < P. 1:1001 ack 1 win 512
-            > . 1 ack 1001 win 36
+            > . 1 ack 1001 win 76
             < P. 1001:5001 ack 1 win 512
-            > . 1 ack 5001 win 20
+            > . 1 ack 5001 win 60
             < P. 5001:10241 ack 1 win 512
-            > . 1 ack 10241 win 0
+            > . 1 ack 10241 win 40
+            // The window was offered while the buffer was empty. What is beyond it waits here.
+            < P. 10241:20481 ack 1 win 512
+            > . 1 ack 20481 win 0
             peer got 10240
             // The guest asks with a byte. Nobody has space for it.
-            < . 10241:10242 ack 1 win 512
-            > . 1 ack 10241 win 0
+            < . 20481:20482 ack 1 win 512
+            > . 1 ack 20481 win 0
             peer got 10240
             wait 60000
             peer reads 100
             nothing
             peer reads 8000
-            > . 1 ack 10241 win 31
-            < P. 10241:11241 ack 1 win 512
-            > . 1 ack 11241
+            nothing
+            // What waited here is gone, and the guest is told at once.
+            peer reads 8000
+            > . 1 ack 20481 win 62
+            < P. 20481:21481 ack 1 win 512
+            > . 1 ack 21481
             ",
         );
         // The keep-alives of a minute aside, the window was told by nothing else.
@@ -226,16 +232,18 @@ fn fin_behind_the_window_is_not_taken() {
     let mut script = small(false, 2000, false);
     script.open().run(
         "
-        < F. 1:2501 ack 1 win 512
+        < F. 1:4501 ack 1 win 512
         peer got 2000
         peer got no fin
-        > . 1 ack 2001 win 0
+        > . 1 ack 4001 win 0
         peer reads 2000
-        > . 1 ack 2001
-        < F. 2001:2501 ack 1 win 512
-        peer got 2500
+        nothing
+        peer reads 2000
+        > . 1 ack 4001
+        < F. 4001:4501 ack 1 win 512
+        peer got 4500
         peer got fin
-        > . 1 ack 2502
+        > . 1 ack 4502
         ",
     );
 }
@@ -250,17 +258,78 @@ fn a_large_segment_and_a_small_buffer_do_not_deadlock() {
         "
         < S 0 win 65535 mss 65480 ws 7
         peer connects
-        > S. 0 ack 1 win 46080 mss 65480
+        > S. 0 ack 1 win 65535 mss 65480
         < . 1 ack 1 win 512
-        < P. 1:46081 ack 1 win 512
-        > . 1 ack 46081 win 0
+        < P. 1:65481 ack 1 win 512
+        & P. 65481:65536 ack 1 win 512
+        > . 1 ack 65536 win 0
+        peer got 46080
         peer reads 46080
-        > . 1 ack 46081 win 180
-        < P. 46081:92161 ack 1 win 512
-        > . 1 ack 92161 win 0
+        > . 1 ack 65536 win 284
+        < P. 65536:131016 ack 1 win 512
+        > . 1 ack 131016 win 28
         peer got 92160
         ",
     );
+}
+
+/// Goal: a buffer that the system makes larger only when somebody has filled it becomes larger, if the
+/// peer takes what is in it and the guest sends all that it may. Nothing is lost meanwhile.
+#[test]
+fn a_guest_that_sends_all_it_may_makes_the_buffer_grow() {
+    each_way(|script| {
+        script.net.kernel.0.borrow_mut().grows = true;
+        script.net.kernel.0.borrow_mut().capacity = 50_000;
+        script.open();
+        let (mut at, mut window) = (1, 50_000);
+        for _ in 0..12 {
+            // All of it comes in one batch, or what a batch holds.
+            let end = at + (window / 1000).clamp(1, 60) * 1000;
+            let mut batch = format!("< . {at}:{} ack 1 win 512", at + 1000);
+            for from in (at + 1000..end).step_by(1000) {
+                batch += &format!("\n& . {from}:{} ack 1 win 512", from + 1000);
+            }
+            script.run(&batch);
+            at = end;
+            // The peer takes everything, also what was kept while the socket was full.
+            for _ in 0..3 {
+                let queued = script.net.kernel.with(0, |peer| peer.queued);
+                script.run(&format!("peer reads {queued}"));
+            }
+            while let Some(segment) = script.next() {
+                assert_eq!(segment.ack, script.isn.wrapping_add(at as u32));
+                window = usize::from(segment.window) << 8;
+            }
+        }
+        script.run(&format!("peer got {}\n count SpillFull 0", at - 1));
+        let capacity = script.net.kernel.with(0, |peer| peer.capacity);
+        assert!(capacity >= 100_000, "the buffer still has {capacity} bytes");
+        assert!(window > 100_000, "a window of {window}");
+    });
+}
+
+/// Goal: no guest is offered more than its socket takes if there is no block for what is beyond that, and
+/// a block that is given back makes it possible again.
+#[test]
+fn without_a_block_no_window_goes_beyond_the_buffer() {
+    let mut script = small(false, 10_240, false);
+    let begin = |script: &mut Script, port: u16, window: u16| {
+        script.guest.set_port(port);
+        script.run(&format!(
+            "< S 0 win 65535 mss 1000 ws 7\n peer connects\n > S. 0 ack 1 win {window}\n < . 1 ack 1 win 512"
+        ));
+    };
+    // A port has at most three quarters of the 64 blocks.
+    for port in 0..48 {
+        begin(&mut script, 40_000 + port, 20_480);
+        script.run("< P. 1:10242 ack 1 win 512\n > . 1 ack 10242");
+    }
+    begin(&mut script, 41_000, 10_240);
+    script.run("< P. 1:10241 ack 1 win 512\n > . 1 ack 10241 win 0\n count SpillFull 0");
+    script.net.kernel.read(0, 10_240);
+    script.net.settle();
+    script.net.out.frames.clear();
+    begin(&mut script, 41_001, 20_480);
 }
 
 /// T10: the guest does not wait for the peer: what the kernel has taken is acknowledged, and the window
