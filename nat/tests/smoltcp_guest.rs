@@ -345,7 +345,15 @@ fn run(case: &Case) -> Result<(), TestCaseError> {
     prop_assert_eq!(net.kernel.len(), 1, "one connection");
     let (sent, closed, unread) =
         net.kernel.with(0, |peer| (std::mem::take(&mut peer.sent), peer.closed, peer.unread));
-    prop_assert!(sent == stream(from_guest, 0, case.from_guest), "bytes at the peer");
+    let to_peer = stream(from_guest, 0, case.from_guest);
+    prop_assert!(
+        sent == to_peer,
+        "the peer got {} bytes of {}, {}, given up: {gave_up}, {:?}",
+        sent.len(),
+        to_peer.len(),
+        if to_peer.starts_with(&sent) { "the first ones" } else { "others" },
+        net.nat.counters()
+    );
     let expected = stream(from_world, 0, case.from_world);
     let wrong = read.iter().zip(&expected).position(|(is, should)| is != should);
     prop_assert!(

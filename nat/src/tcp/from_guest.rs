@@ -139,6 +139,13 @@ impl<T> Flow<T> {
                 io.count(port, Counter::GuestReset);
                 self.end_socket(io, memory, Ending::Close);
                 self.phase = Phase::Closed;
+            } else if self.guest_fin
+                && self.spill.is_some()
+                && self.fin.is_some_and(|fin| !self.snd_una.before(fin))
+            {
+                // The same, but the kernel has yet to take what was acknowledged. The flow ends when it
+                // has: a guest that has not got FIN answers the next one with another reset.
+                io.count(port, Counter::GuestReset);
             } else {
                 self.guest_failed(Counter::GuestReset, io, memory);
             }
