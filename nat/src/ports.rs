@@ -234,11 +234,14 @@ impl Ports {
     /// half of the port's inbox. The other half is for what no window limits: acknowledgments,
     /// datagrams, and what is sent again. A flow may have two segments at least, or one where two of
     /// each do not fit. `frame` is how many bytes the guest puts into one frame, not less than `mss`.
+    ///
+    /// What a flow may have grows with what its guest has sent, twice as fast, so that it is ahead of the
+    /// guest's congestion window. A flow that sends little does not keep others from sending.
     pub(crate) fn share(
         &mut self,
         port: Port,
         (mss, frame): (u32, u32),
-        share: &Share,
+        (share, sent): (&Share, u64),
         now: u64,
     ) -> u32 {
         let frames = self.limits.port.inbox_frames;
@@ -255,7 +258,8 @@ impl Ports {
         };
         let fair = all / (others.flows + 1);
         let left = u64::from(all).saturating_sub(others.offered) as u32;
-        let first = if own { u32::MAX } else { FIRST_WINDOW };
+        let proven = if own { 2 * (sent / u64::from(frame)).min(1 << 24) as u32 } else { 0 };
+        let first = FIRST_WINDOW + proven;
         let least = if fair >= 2 { 2 } else { 1 };
         let frames = fair.min(left).min(first).max(least);
         let large = frames.saturating_mul(frame).min(LARGE_WINDOW);
@@ -308,24 +312,41 @@ mod tests {
         let [mut first, mut second] = [Share::NONE; 2];
         let at = |tenths: u64| tenths * 100_000;
         // Even in the first second of all, nobody has sent anything.
-        assert_eq!(ports.share(port, size, &first, at(0)), FIRST_WINDOW * mss);
+        assert_eq!(ports.share(port, size, (&first, u64::MAX), at(0)), FIRST_WINDOW * mss);
         ports.note_active(port, &mut first, at(9));
-        assert_eq!(ports.share(port, size, &first, at(9)), 100 * mss);
+        assert_eq!(ports.share(port, size, (&first, u64::MAX), at(9)), 100 * mss);
         ports.note_offer(port, &mut first, (100 * mss, mss), at(9));
         // The clock has turned. Another flow gets nothing of what is promised.
         ports.note_active(port, &mut second, at(11));
-        assert_eq!(ports.share(port, size, &second, at(11)), 2 * mss);
+        assert_eq!(ports.share(port, size, (&second, u64::MAX), at(11)), 2 * mss);
         ports.note_offer(port, &mut second, (2 * mss, mss), at(11));
         // The first one's window closes, and becomes the other's.
         ports.note_offer(port, &mut first, (60 * mss, mss), at(12));
-        assert_eq!(ports.share(port, size, &second, at(12)), 40 * mss);
-        assert_eq!(ports.share(port, size, &first, at(12)), 50 * mss);
+        assert_eq!(ports.share(port, size, (&second, u64::MAX), at(12)), 40 * mss);
+        assert_eq!(ports.share(port, size, (&first, u64::MAX), at(12)), 50 * mss);
         // After two turns it counts no more, and one that ends counts no more at once.
-        assert_eq!(ports.share(port, size, &second, at(20)), 100 * mss);
+        assert_eq!(ports.share(port, size, (&second, u64::MAX), at(20)), 100 * mss);
         ports.note_active(port, &mut first, at(21));
-        assert_eq!(ports.share(port, size, &first, at(21)), 50 * mss);
+        assert_eq!(ports.share(port, size, (&first, u64::MAX), at(21)), 50 * mss);
         ports.note_end(port, &mut second, at(21));
-        assert_eq!(ports.share(port, size, &first, at(21)), 100 * mss);
+        assert_eq!(ports.share(port, size, (&first, u64::MAX), at(21)), 100 * mss);
+    }
+
+    /// Goal: a flow that has sent a few bytes leaves the others their windows, and one that sends much has
+    /// its own as soon as it needs it.
+    #[test]
+    fn windows_grow_with_what_was_sent() {
+        let mut limits = Limits::default();
+        limits.port.inbox_frames = 256;
+        let (mut ports, port, now) = (Ports::new(limits), Port(2), 5_000_000);
+        let [mut control, mut data] = [Share::NONE; 2];
+        ports.note_active(port, &mut control, now);
+        assert_eq!(ports.share(port, (1000, 1000), (&control, 165), now), FIRST_WINDOW * 1000);
+        ports.note_offer(port, &mut control, (FIRST_WINDOW * 1000, 1000), now);
+        ports.note_active(port, &mut data, now);
+        let mut share = |sent| ports.share(port, (1000, 1000), (&data, sent), now);
+        assert_eq!(share(10_000), (FIRST_WINDOW + 20) * 1000);
+        assert_eq!(share(1_000_000), 64_000);
     }
 
     /// Goal: a guest that fills its frames may send more bytes in as many frames, and one that does not
@@ -337,16 +358,16 @@ mod tests {
         let (mut ports, port, now) = (Ports::new(limits), Port(2), 5_000_000);
         let [mut large, mut small] = [Share::NONE; 2];
         ports.note_active(port, &mut large, now);
-        assert_eq!(ports.share(port, (1000, 8000), &large, now), 800_000);
-        assert_eq!(ports.share(port, (1000, 30_000), &large, now), LARGE_WINDOW);
-        assert_eq!(ports.share(port, (30_000, 30_000), &large, now), 3_000_000);
+        assert_eq!(ports.share(port, (1000, 8000), (&large, u64::MAX), now), 800_000);
+        assert_eq!(ports.share(port, (1000, 30_000), (&large, u64::MAX), now), LARGE_WINDOW);
+        assert_eq!(ports.share(port, (30_000, 30_000), (&large, u64::MAX), now), 3_000_000);
         ports.note_offer(port, &mut large, (800_000, 8000), now);
         ports.note_active(port, &mut small, now);
-        assert_eq!(ports.share(port, (1000, 1000), &small, now), 2000);
+        assert_eq!(ports.share(port, (1000, 1000), (&small, u64::MAX), now), 2000);
         ports.note_offer(port, &mut large, (400_000, 8000), now);
-        assert_eq!(ports.share(port, (1000, 1000), &small, now), 50_000);
+        assert_eq!(ports.share(port, (1000, 1000), (&small, u64::MAX), now), 50_000);
         // The large one goes over to small frames.
         ports.note_offer(port, &mut large, (100_000, 1000), now);
-        assert_eq!(ports.share(port, (1000, 1000), &small, now), 2000);
+        assert_eq!(ports.share(port, (1000, 1000), (&small, u64::MAX), now), 2000);
     }
 }

@@ -548,7 +548,7 @@ impl<T> Flow<T> {
             room = room.min(SMALL_SOCKET_BUFFER.saturating_sub(used));
         }
         let frame = self.guest_frame(io);
-        room.min(io.ports.share(self.key.port, frame, &self.share, io.now))
+        room.min(io.ports.share(self.key.port, frame, (&self.share, self.sent), io.now))
     }
 
     /// How many bytes the guest may be offered beyond what the socket takes: as many as the socket takes
