@@ -139,8 +139,8 @@ impl RunningQueue {
                     },
                 };
                 match verdict {
-                    Verdict::Posted => self.window.add(State::Posted),
-                    Verdict::Dropped => self.window.add(State::Done(0)),
+                    Verdict::Posted => self.window.add_posted(),
+                    Verdict::Dropped => self.window.add_dropped(),
                     Verdict::Later => {
                         self.queue.unpop(1);
                         self.blocked = true;

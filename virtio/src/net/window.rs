@@ -18,6 +18,8 @@ pub(super) enum State {
 /// A chain's number counts all chains of the queue, modulo 2^32, and is the `user_data` of its entry.
 #[derive(Debug)]
 pub(super) struct Window {
+    /// What became of each chain. It is [`State::Posted`] where no chain is, so a chain that goes into
+    /// the ring and ends in its turn writes nothing here.
     states: Box<[State]>,
     oldest: u32,
     next: u32,
@@ -40,7 +42,7 @@ impl Window {
     /// For a queue of this size, which is a power of two. No more chains can be on their way.
     pub(super) fn new(size: u32) -> Self {
         debug_assert!(size.is_power_of_two());
-        let states = vec![State::Cancelled; size as usize].into();
+        let states = vec![State::Posted; size as usize].into();
         Self { states, oldest: 0, next: 0, posted: 0, cancelled: 0 }
     }
 
@@ -63,13 +65,25 @@ impl Window {
         self.oldest == self.next
     }
 
-    /// Adds the chain that was popped last.
-    pub(super) fn add(&mut self, state: State) {
-        debug_assert!(self.next.wrapping_sub(self.oldest) < self.states.len() as u32);
-        let place = self.place(self.next);
-        self.states[place] = state;
+    /// Adds the chain that was popped last, which is in the ring.
+    #[inline(always)]
+    pub(super) fn add_posted(&mut self) {
+        debug_assert!(self.len() < self.states.len() as u32);
         self.next = self.next.wrapping_add(1);
-        self.count(state, 1);
+        self.posted += 1;
+    }
+
+    /// Adds the chain that was popped last, which was dropped. It ends with the used length 0.
+    pub(super) fn add_dropped(&mut self) {
+        debug_assert!(self.len() < self.states.len() as u32);
+        let place = self.place(self.next);
+        self.states[place] = State::Done(0);
+        self.next = self.next.wrapping_add(1);
+    }
+
+    /// How many chains there are.
+    fn len(&self) -> u32 {
+        self.next.wrapping_sub(self.oldest)
     }
 
     /// Ends the chain with this number, which is in the ring. Returns its place, or `None` if no
@@ -77,13 +91,13 @@ impl Window {
     pub(super) fn end(&mut self, number: u64, state: State) -> Option<usize> {
         let number = u32::try_from(number).ok()?;
         let place = self.place(number);
-        let is_there = number.wrapping_sub(self.oldest) < self.next.wrapping_sub(self.oldest);
+        let is_there = number.wrapping_sub(self.oldest) < self.len();
         if !is_there || self.states[place] != State::Posted {
             return None;
         }
         self.posted -= 1;
         self.states[place] = state;
-        self.count(state, 1);
+        self.cancelled += u32::from(state == State::Cancelled);
         Some(place)
     }
 
@@ -96,22 +110,28 @@ impl Window {
     /// any more. Returns how many there are.
     #[inline]
     pub(super) fn end_oldest(&mut self, most: usize) -> usize {
-        let most = most.min(self.next.wrapping_sub(self.oldest) as usize);
-        let is_posted = |i: &usize| {
-            self.states[self.place(self.oldest.wrapping_add(*i as u32))] == State::Posted
-        };
-        let count = (0..most).take_while(is_posted).count();
+        let most = most.min(self.len() as usize);
+        // Most windows have no chain that has ended out of its turn.
+        let count = if self.posted == self.len() { most } else { self.leading_posted(most) };
         self.posted -= count as u32;
         self.oldest = self.oldest.wrapping_add(count as u32);
         count
     }
 
-    fn count(&mut self, state: State, by: u32) {
-        match state {
-            State::Posted => self.posted += by,
-            State::Cancelled => self.cancelled += by,
-            State::Done(_) => {}
-        }
+    /// How many of the oldest chains, at most `most`, are in the ring.
+    #[cold]
+    fn leading_posted(&self, most: usize) -> usize {
+        let is_posted = |i: &usize| {
+            self.states[self.place(self.oldest.wrapping_add(*i as u32))] == State::Posted
+        };
+        (0..most).take_while(is_posted).count()
+    }
+
+    /// Takes the oldest chain, which is not in the ring, out of the window.
+    fn remove_oldest(&mut self) {
+        let place = self.place(self.oldest);
+        self.states[place] = State::Posted;
+        self.oldest = self.oldest.wrapping_add(1);
     }
 
     /// What is to be done next. After [`Step::Push`] the chain is not in the window any more, and
@@ -124,7 +144,7 @@ impl Window {
         match oldest {
             State::Posted => Step::Wait,
             State::Done(len) => {
-                self.oldest = self.oldest.wrapping_add(1);
+                self.remove_oldest();
                 Step::Push(len)
             }
             State::Cancelled => self.step_cancelled(),
@@ -133,9 +153,11 @@ impl Window {
 
     #[cold]
     fn step_cancelled(&mut self) -> Step {
-        let count = self.next.wrapping_sub(self.oldest);
+        let count = self.len();
         if self.cancelled == count {
             (self.next, self.cancelled) = (self.oldest, 0);
+            // No place has a chain any more.
+            self.states.fill(State::Posted);
             // No queue has more than 2^15 entries.
             return Step::Unpop(count as u16);
         }
@@ -145,7 +167,7 @@ impl Window {
         // A later chain was used. The available index cannot move back behind it, so this one goes
         // back empty.
         self.cancelled -= 1;
-        self.oldest = self.oldest.wrapping_add(1);
+        self.remove_oldest();
         Step::Push(0)
     }
 
@@ -162,14 +184,14 @@ mod tests {
 
     fn posted(count: u32) -> Window {
         let mut window = Window::new(8);
-        (0..count).for_each(|_| window.add(State::Posted));
+        (0..count).for_each(|_| window.add_posted());
         window
     }
 
     #[test]
     fn chains_end_in_the_order_in_which_they_were_popped() {
         let mut window = posted(2);
-        window.add(State::Done(0));
+        window.add_dropped();
         assert_eq!(window.end(1, State::Done(7)), Some(1));
         assert_eq!(window.step(), Step::Wait);
         assert_eq!(window.end(0, State::Done(5)), Some(0));
@@ -187,6 +209,25 @@ mod tests {
         assert_eq!((window.step(), window.posted()), (Step::Push(7), 1));
         assert_eq!(window.end_oldest(3), 1, "there are no more");
         assert_eq!((window.end_oldest(1), window.is_empty()), (0, true));
+    }
+
+    /// Goal: a place says nothing of the chain that had it before. Method: each of the four ways in which
+    /// a chain leaves the window, and the same places again.
+    #[test]
+    fn a_place_that_is_used_again_is_in_the_ring() {
+        let mut window = posted(3);
+        window.add_dropped();
+        window.end(1, State::Cancelled);
+        assert_eq!(window.end_oldest(1), 1);
+        window.end(2, State::Done(6));
+        let steps: [_; 4] = std::array::from_fn(|_| window.step());
+        assert_eq!(steps, [Step::Push(0), Step::Push(6), Step::Push(0), Step::Wait]);
+        (0..8).for_each(|_| window.add_posted());
+        (4..12).for_each(|number| assert!(window.end(number, State::Cancelled).is_some()));
+        assert_eq!((window.step(), window.posted()), (Step::Unpop(8), 0));
+        (0..8).for_each(|_| window.add_posted());
+        assert_eq!((window.end_oldest(8), window.posted()), (8, 0));
+        assert!(window.states.iter().all(|state| *state == State::Posted));
     }
 
     #[test]
@@ -225,8 +266,8 @@ mod tests {
     #[test]
     fn numbers_wrap() {
         let mut window = Window { oldest: u32::MAX, next: u32::MAX, ..Window::new(4) };
-        window.add(State::Posted);
-        window.add(State::Posted);
+        window.add_posted();
+        window.add_posted();
         assert!(window.end(0, State::Done(2)).is_some());
         assert!(window.end(u32::MAX.into(), State::Done(1)).is_some());
         assert_eq!((window.step(), window.step()), (Step::Push(1), Step::Push(2)));
