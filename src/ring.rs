@@ -351,6 +351,16 @@ impl Ring {
         self.sq.submit_writes_skip_success(frames)
     }
 
+    /// Returns how many reads can be submitted now. See [`SubmissionQueue::read_credits`].
+    pub fn read_credits(&mut self) -> u32 {
+        self.sq.read_credits()
+    }
+
+    /// Returns how many writes can be submitted now. See [`SubmissionQueue::write_credits`].
+    pub fn write_credits(&mut self) -> u32 {
+        self.sq.write_credits()
+    }
+
     /// Asks for the entries in flight whose `user_data` is `target` to complete now. See
     /// [`SubmissionQueue::cancel`], also for the errors.
     pub fn cancel(&mut self, target: u64, user_data: u64) -> Result<(), SubmitErrorKind> {

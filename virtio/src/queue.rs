@@ -78,7 +78,7 @@ pub use layout::{
     AddressSpace, BrokenQueue, Part, QueueError, QueueFeatures, QueueLayout, QueueState, SIZE_MAX,
 };
 
-use crate::queue::chain::{Found, Walker};
+use crate::queue::chain::Walker;
 use crate::queue::rings::Rings;
 use crate::queue::used::UsedElements;
 use core::{fmt, mem};
@@ -88,6 +88,9 @@ use vmring_core::sync::foreign::fence;
 
 /// How many segments a chain may have by default; see [`Queue::with_segments_max`].
 pub const SEGMENTS_MAX: usize = 256;
+
+/// How many chains [`Queue::pop_singles`] looks at together.
+const LOOK: usize = 32;
 
 /// The device side of a split virtqueue. See the [module](self).
 ///
@@ -108,12 +111,11 @@ pub struct Queue {
     walker: Walker,
     /// The entries of the available ring from `published` to `fetched`, as they were copied.
     heads: Box<[[u8; 2]]>,
-    /// What was found at these entries when they were copied, or when they were popped.
-    found: Box<[Found]>,
-    /// The number of chains from `next_used` to `next_available`, which were popped and not pushed, and
-    /// are not broken.
-    outstanding: u16,
-    /// The number of broken ones.
+    /// How many bytes the device may report as written, for each chain from `next_used` to
+    /// `next_available`.
+    len_max: Box<[u32]>,
+    /// Which of these chains are broken, and how many are.
+    is_broken: Box<[bool]>,
     broken_popped: u16,
     used: UsedElements,
     fetched: u16,
@@ -166,8 +168,8 @@ impl Queue {
             rings,
             walker: Walker::new(SEGMENTS_MAX),
             heads: vec![[0; 2]; size.into()].into(),
-            found: vec![Found::default(); size.into()].into(),
-            outstanding: 0,
+            len_max: vec![0; size.into()].into(),
+            is_broken: vec![false; size.into()].into(),
             broken_popped: 0,
             used: UsedElements::new(size),
             fetched: next,
@@ -215,8 +217,6 @@ impl Queue {
     pub fn set_memory(&mut self, memory: GuestMemory) -> Result<(), QueueError> {
         self.rings = Rings::new(&memory, &self.layout)?;
         self.memory = memory;
-        // What was found in the old memory is looked for again.
-        self.found.iter_mut().for_each(Found::forget);
         Ok(())
     }
 
@@ -241,7 +241,7 @@ impl Queue {
 
     /// How many chains were popped and neither pushed nor given up. Broken ones do not count.
     pub fn outstanding(&self) -> u16 {
-        self.outstanding
+        self.next_available.wrapping_sub(self.next_used) - self.broken_popped
     }
 
     /// Begins a burst: looks at what the driver has made available and takes at most `most` entries.
@@ -275,10 +275,7 @@ impl Queue {
         while left > 0 {
             let slot = self.rings.slot(self.fetched);
             let count = left.min(self.heads.len() - slot);
-            let (heads, found) =
-                (&mut self.heads[slot..slot + count], &mut self.found[slot..slot + count]);
-            self.rings.copy_heads(self.fetched, heads);
-            self.walker.look(&self.memory, &self.rings, heads, found);
+            self.rings.copy_heads(self.fetched, &mut self.heads[slot..slot + count]);
             self.fetched = self.fetched.wrapping_add(count as u16);
             left -= count;
         }
@@ -293,49 +290,55 @@ impl Queue {
     /// [`push`](Self::push): the queue gives it back, with the used length 0, after those before it.
     /// A flush must follow even if no chain of the burst was whole.
     pub fn pop(&mut self) -> Option<Result<Chain<'_>, ChainError>> {
-        if self.is_single_next() {
-            return self.pop_single().map(Ok);
-        }
-        (self.next_available != self.fetched).then(|| self.pop_list())
+        (self.next_available != self.fetched).then(|| self.pop_next())
     }
 
-    fn is_single_next(&self) -> bool {
-        self.next_available != self.fetched
-            && self.found[self.rings.slot(self.next_available)].shape().is_some()
-    }
-
-    /// As [`pop`](Self::pop), if the next chain is a single buffer. Otherwise it pops nothing.
-    #[inline(always)]
-    pub(crate) fn pop_single(&mut self) -> Option<Chain<'_>> {
-        if self.next_available == self.fetched {
-            return None;
-        }
-        let slot = self.rings.slot(self.next_available);
-        let shape = self.found[slot].shape()?;
-        self.next_available = self.next_available.wrapping_add(1);
-        self.outstanding += 1;
-        Some(self.found[slot].chain(&self.memory, shape))
-    }
-
-    /// Pops the next chain, of any shape.
     #[inline(never)]
-    fn pop_list(&mut self) -> Result<Chain<'_>, ChainError> {
+    fn pop_next(&mut self) -> Result<Chain<'_>, ChainError> {
         let slot = self.rings.slot(self.next_available);
         self.next_available = self.next_available.wrapping_add(1);
-        let head = self.found[slot].head;
+        let head = u16::from_le_bytes(self.heads[slot]);
         match self.walker.walk(&self.memory, &self.rings, head, self.features.indirect) {
             Ok(shape) => {
-                self.found[slot].len_max = shape.used_len_max();
-                self.outstanding += 1;
+                self.len_max[slot] = shape.used_len_max();
                 Ok(self.walker.chain(&self.memory, shape))
             }
             Err(error) => {
-                self.found[slot].is_broken = true;
+                self.is_broken[slot] = true;
                 self.broken_popped += 1;
                 self.return_broken();
                 Err(error)
             }
         }
+    }
+
+    /// Pops the next chains of the burst, at most `most`, as long as each is a single buffer in one region,
+    /// as most are. Calls `serve` with each of them. A chain for which `serve` returns false, or panics,
+    /// stays in the queue with those behind it. Returns how many were popped. This may be fewer than there
+    /// are: it is 0 if the next chain is one for [`pop`](Self::pop).
+    ///
+    /// It looks at the descriptors of all these chains before it calls `serve`, and asks for the first
+    /// bytes of what the device will read. So the bytes of a burst arrive together from the driver's
+    /// processor.
+    #[inline(always)]
+    pub fn pop_singles(&mut self, most: u16, mut serve: impl FnMut(Chain<'_>) -> bool) -> u16 {
+        let slot = self.rings.slot(self.next_available);
+        let known = self.fetched.wrapping_sub(self.next_available);
+        let count = usize::from(most.min(known)).min(LOOK).min(self.heads.len() - slot);
+        let (heads, len_max) =
+            (&self.heads[slot..slot + count], &mut self.len_max[slot..slot + count]);
+        let mut found = [None; LOOK];
+        self.walker.look(&self.memory, &self.rings, heads, &mut found, len_max);
+        let mut popped = 0;
+        for (buffer, len_max) in found.iter().zip(len_max) {
+            let Some(buffer) = *buffer else { break };
+            if !serve(Chain::single(&self.memory, buffer, *len_max > 0)) {
+                break;
+            }
+            self.next_available = self.next_available.wrapping_add(1);
+            popped += 1;
+        }
+        popped
     }
 
     /// Gives up the last `count` chains that were popped and not pushed, and what was popped behind
@@ -346,14 +349,13 @@ impl Queue {
     ///
     /// If fewer are [outstanding](Self::outstanding).
     pub fn unpop(&mut self, count: u16) {
-        assert!(count <= self.outstanding, "{count} of {} chains", self.outstanding);
-        let kept = self.outstanding - count;
-        while self.outstanding > kept {
+        assert!(count <= self.outstanding(), "{count} of {} chains", self.outstanding());
+        let mut left = count;
+        while left > 0 {
             self.next_available = self.next_available.wrapping_sub(1);
-            let found = &mut self.found[self.rings.slot(self.next_available)];
-            match mem::take(&mut found.is_broken) {
+            match mem::take(&mut self.is_broken[self.rings.slot(self.next_available)]) {
                 true => self.broken_popped -= 1,
-                false => self.outstanding -= 1,
+                false => left -= 1,
             }
         }
     }
@@ -372,15 +374,10 @@ impl Queue {
     /// If no chain is [outstanding](Self::outstanding).
     #[inline(always)]
     pub fn push(&mut self, written: u32) {
-        self.outstanding = self.outstanding.checked_sub(1).expect("a chain is outstanding");
-        self.push_oldest(written);
-    }
-
-    /// As [`push`](Self::push). The caller has counted the chain.
-    #[inline(always)]
-    fn push_oldest(&mut self, written: u32) {
+        assert!(self.outstanding() > 0, "a chain is outstanding");
+        let slot = self.rings.slot(self.next_used);
         // `return_broken` leaves no broken chain as the oldest.
-        let Found { head, len_max, .. } = self.found[self.rings.slot(self.next_used)];
+        let (head, len_max) = (u16::from_le_bytes(self.heads[slot]), self.len_max[slot]);
         // Skipped chains count as wholly used (virtio 1.2, section 2.7.9). For a chain with room to
         // write, that would be its whole room. DPDK's driver reads each length that it needs from the
         // chain's own element, so such chains always have one.
@@ -398,21 +395,46 @@ impl Queue {
     /// If fewer chains are [outstanding](Self::outstanding).
     #[inline]
     pub(crate) fn push_all(&mut self, written: &[u32]) {
-        // No queue has more than 2^15 entries.
-        let left = self.outstanding.checked_sub(written.len() as u16);
-        self.outstanding = left.expect("as many chains are outstanding");
+        assert!(written.len() <= self.outstanding().into(), "as many chains are outstanding");
         if self.broken_popped > 0 {
-            return written.iter().for_each(|written| self.push_oldest(*written));
+            return written.iter().for_each(|written| self.push(*written));
         }
-        let Self { found, rings, used, features, .. } = self;
-        let (found, in_order, mut next) = (&**found, features.in_order, self.next_used);
-        for written in written {
-            let Found { head, len_max, .. } = found[rings.slot(next)];
-            let skippable = in_order && len_max == 0;
-            used.push(rings, next, head, (*written).min(len_max), skippable);
-            next = next.wrapping_add(1);
+        let before_end = self.heads.len() - self.rings.slot(self.next_used);
+        let (first, rest) = written.split_at(written.len().min(before_end));
+        self.push_run(first);
+        if !rest.is_empty() {
+            self.push_run(rest);
         }
-        self.next_used = next;
+    }
+
+    /// As [`push_all`](Self::push_all), if no broken chain was popped, and no chain is behind the end of
+    /// the rings.
+    #[inline]
+    fn push_run(&mut self, written: &[u32]) {
+        let Self { heads, len_max, rings, used, .. } = self;
+        let (slot, index, count) = (rings.slot(self.next_used), self.next_used, written.len());
+        let (heads, len_max) = (&heads[slot..slot + count], &len_max[slot..slot + count]);
+        let heads = heads.iter().map(|head| u16::from_le_bytes(*head));
+        // Chains with room to write are not skipped, as in `push`.
+        let skippable = match self.features.in_order {
+            true => len_max.iter().filter(|len_max| **len_max == 0).count(),
+            false => 0,
+        };
+        let chains = heads.clone().zip(written.iter().zip(len_max));
+        let mut chains = chains.map(|(head, (written, len_max))| (head, *written.min(len_max)));
+        if skippable == 0 && !used.batch_is_open() {
+            used.push_run(rings, index, chains);
+        } else if skippable == count {
+            // The element of the last one stands for all.
+            if let Some((head, len)) = chains.next_back() {
+                used.push(rings, index, head, len, true);
+            }
+        } else {
+            for (i, (head, len)) in chains.enumerate() {
+                used.push(rings, index.wrapping_add(i as u16), head, len, len_max[i] == 0);
+            }
+        }
+        self.next_used = index.wrapping_add(count as u16);
     }
 
     /// Gives back the broken chains before the oldest whole one.
@@ -420,10 +442,11 @@ impl Queue {
     #[inline(never)]
     fn return_broken(&mut self) {
         while self.broken_popped > 0 {
-            let Found { head, is_broken, .. } = self.found[self.rings.slot(self.next_used)];
-            if !is_broken {
+            let slot = self.rings.slot(self.next_used);
+            if !mem::take(&mut self.is_broken[slot]) {
                 break;
             }
+            let head = u16::from_le_bytes(self.heads[slot]);
             self.broken_popped -= 1;
             self.push_element(head, 0, false);
         }

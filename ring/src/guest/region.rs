@@ -138,6 +138,29 @@ impl GuestRegion {
         (end <= self.len).then(|| self.slice_inside(offset, len))
     }
 
+    /// The `len` bytes from a guest's address on. `None` if not all of them are in the region, or if their
+    /// addresses exceed 64 bits.
+    #[inline]
+    pub fn at(&self, guest_address: u64, len: u32) -> Option<GuestSlice<'_>> {
+        let offset = guest_address.checked_sub(self.guest_address)?;
+        guest_address.checked_add(u64::from(len))?;
+        let behind = self.len.checked_sub(offset)?;
+        (u64::from(len) <= behind).then(|| self.slice_inside(offset, len))
+    }
+
+    /// The `N` bytes from `offset` on, copied out once. `None` if not all of them are in the region.
+    #[inline]
+    pub fn read<const N: usize>(&self, offset: u64) -> Option<[u8; N]> {
+        if offset > self.len.checked_sub(N as u64)? {
+            return None;
+        }
+        // SAFETY: `N` bytes from `offset` on are in the region, and the region is in its mapping, by
+        // `new` and `part`.
+        let start = unsafe { self.host.add(offset as usize) };
+        // SAFETY: the same; the mapping lives as long as the region does.
+        unsafe { GuestSlice::new(start, N as u32, 0, None) }.read()
+    }
+
     /// The region of the bytes from `offset` on, `len` of them, which the caller has checked.
     pub(super) fn cut(&self, offset: u64, len: u64) -> Self {
         debug_assert!(offset <= self.len && len <= self.len - offset);

@@ -80,11 +80,18 @@ pub(super) enum Verdict {
 
 /// Decides on the chains that a [`RunningQueue`] takes.
 pub(super) trait Serve {
+    /// How many chains may be posted now. More of them would be [`Verdict::Later`].
+    fn room(&mut self) -> u16;
+
     /// What to do with a chain, which has this number in the window.
     fn serve(&mut self, chain: Chain<'_>, number: u32) -> Verdict;
 }
 
 impl<F: FnMut(Chain<'_>, u32) -> Verdict> Serve for F {
+    fn room(&mut self) -> u16 {
+        u16::MAX
+    }
+
     fn serve(&mut self, chain: Chain<'_>, number: u32) -> Verdict {
         self(chain, number)
     }
@@ -125,38 +132,51 @@ impl RunningQueue {
             if count == 0 {
                 break;
             }
-            for _ in 0..count {
-                let verdict = match self.queue.pop_single() {
-                    Some(chain) => server.serve(chain, self.window.next()),
-                    None => match self.serve_next(server) {
-                        None => return taken,
-                        Some(Err(error)) => {
-                            broken_chain(cx, error);
-                            taken += 1;
-                            continue;
-                        }
-                        Some(Ok(verdict)) => verdict,
-                    },
-                };
-                match verdict {
-                    Verdict::Posted => self.window.add_posted(),
-                    Verdict::Dropped => self.window.add_dropped(),
-                    Verdict::Later => {
-                        self.queue.unpop(1);
-                        self.blocked = true;
-                        return taken;
-                    }
+            // If there is no room, one chain is tried all the same: the ring may be closed.
+            let count = count.min(server.room().max(1));
+            let Self { queue, window, blocked, .. } = self;
+            let popped = queue.pop_singles(count, |chain| {
+                match server.serve(chain, window.next()) {
+                    Verdict::Posted => window.add_posted(),
+                    Verdict::Dropped => window.add_dropped(),
+                    Verdict::Later => *blocked = true,
                 }
-                taken += 1;
+                !*blocked
+            });
+            taken += popped;
+            if popped == 0 && !self.blocked {
+                self.blocked = !self.serve_next(cx, server);
+                taken += u16::from(!self.blocked);
+            }
+            if self.blocked {
+                break;
             }
         }
         taken
     }
 
     /// Serves the next chain, of any shape. It is apart, so that the usual chain stays in registers.
+    /// Returns whether the chain was taken. Otherwise it stays in the queue.
     #[inline(never)]
-    fn serve_next(&mut self, server: &mut dyn Serve) -> Option<Result<Verdict, ChainError>> {
-        Some(self.queue.pop()?.map(|chain| server.serve(chain, self.window.next())))
+    fn serve_next(&mut self, cx: Context<'_>, server: &mut dyn Serve) -> bool {
+        let verdict = match self.queue.pop() {
+            Some(Ok(chain)) => server.serve(chain, self.window.next()),
+            Some(Err(error)) => {
+                broken_chain(cx, error);
+                return true;
+            }
+            // There is one, because `fetch` has said so.
+            None => return false,
+        };
+        match verdict {
+            Verdict::Posted => self.window.add_posted(),
+            Verdict::Dropped => self.window.add_dropped(),
+            Verdict::Later => {
+                self.queue.unpop(1);
+                return false;
+            }
+        }
+        true
     }
 
     /// Looks for at most `most` chains. Returns how many there are.

@@ -410,6 +410,10 @@ struct Poster<'t> {
 }
 
 impl Serve for Poster<'_> {
+    fn room(&mut self) -> u16 {
+        u16::try_from(self.ring.read_credits()).unwrap_or(u16::MAX)
+    }
+
     #[inline(always)]
     fn serve(&mut self, chain: Chain<'_>, number: u32) -> Verdict {
         if chain.writable_len() < self.least.into() {

@@ -247,6 +247,10 @@ struct Sender<'t> {
 }
 
 impl Serve for Sender<'_> {
+    fn room(&mut self) -> u16 {
+        u16::try_from(self.ring.write_credits()).unwrap_or(u16::MAX)
+    }
+
     #[inline(always)]
     fn serve(&mut self, chain: Chain<'_>, number: u32) -> Verdict {
         let number = number.into();

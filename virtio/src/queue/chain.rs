@@ -117,67 +117,50 @@ impl core::error::Error for ChainError {
 #[derive(Clone, Copy)]
 pub struct Chain<'q> {
     memory: &'q GuestMemory,
+    /// The only segment of a chain that [`Walker::look`] has found. `segments` is empty then.
+    single: Option<GuestSlice<'q>>,
     segments: &'q [Segment],
     shape: Shape,
 }
 
-/// What was found at a head.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Found {
-    /// The segment of a chain that is a single buffer in one region, as most are, found before the chain
-    /// is popped. Otherwise it has no bytes, and says nothing.
-    ///
-    /// The descriptor was copied once, so the chain is what was found, even if the guest has changed it.
-    single: [Segment; 1],
-    pub(super) head: u16,
-    /// Whether the chain was popped and is broken.
-    pub(super) is_broken: bool,
-    /// How many bytes the device may report as written.
-    pub(super) len_max: u32,
-}
-
-impl Found {
-    /// Forgets where the chain is, but not how long it is.
-    pub(super) fn forget(&mut self) {
-        self.single = [Segment::default()];
-    }
-
-    /// The chain, if it is a single buffer.
-    #[inline]
-    pub(super) fn shape(&self) -> Option<Shape> {
-        let Segment { len, is_writable, .. } = self.single[0];
-        let bytes = u64::from(len);
-        (len > 0).then_some(match is_writable {
+impl<'q> Chain<'q> {
+    /// The chain that is a single buffer in one region.
+    #[inline(always)]
+    pub(super) fn single(
+        memory: &'q GuestMemory,
+        buffer: GuestSlice<'q>,
+        is_writable: bool,
+    ) -> Self {
+        let bytes = u64::from(buffer.len());
+        let shape = match is_writable {
             false => Shape { segments: 1, readable: 1, readable_len: bytes, writable_len: 0 },
             true => Shape { segments: 1, readable: 0, readable_len: 0, writable_len: bytes },
-        })
+        };
+        Self { memory, single: Some(buffer), segments: &[], shape }
     }
 
-    #[inline]
-    pub(super) fn chain<'q>(&'q self, memory: &'q GuestMemory, shape: Shape) -> Chain<'q> {
-        Chain { memory, segments: &self.single, shape }
-    }
-}
-
-impl<'q> Chain<'q> {
     /// What the device may read.
     pub fn readable(&self) -> Segments<'q> {
-        Segments { memory: self.memory, left: self.segments[..self.shape.readable].iter() }
+        let single = self.single.filter(|_| self.shape.readable > 0);
+        let count = if self.single.is_some() { 0 } else { self.shape.readable };
+        Segments { memory: self.memory, single, left: self.segments[..count].iter() }
     }
 
     /// What the device may write.
     pub fn writable(&self) -> Segments<'q> {
-        Segments { memory: self.memory, left: self.segments[self.shape.readable..].iter() }
+        let single = self.single.filter(|_| self.shape.readable == 0);
+        let count = if self.single.is_some() { 0 } else { self.shape.readable };
+        Segments { memory: self.memory, single, left: self.segments[count..].iter() }
     }
 
     /// All that the device may read, if it is in one segment, as it usually is.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn only_readable(&self) -> Option<GuestSlice<'q>> {
         if self.shape.readable == 1 { self.readable().next() } else { None }
     }
 
     /// All that the device may write, if it is in one segment, as it usually is.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn only_writable(&self) -> Option<GuestSlice<'q>> {
         if self.shape.segments - self.shape.readable == 1 { self.writable().next() } else { None }
     }
@@ -206,6 +189,8 @@ impl fmt::Debug for Chain<'_> {
 #[derive(Clone)]
 pub struct Segments<'q> {
     memory: &'q GuestMemory,
+    /// The only one, if it was not walked.
+    single: Option<GuestSlice<'q>>,
     left: core::slice::Iter<'q, Segment>,
 }
 
@@ -214,13 +199,17 @@ impl<'q> Iterator for Segments<'q> {
 
     #[inline]
     fn next(&mut self) -> Option<GuestSlice<'q>> {
-        let Segment { region, offset, len, .. } = *self.left.next()?;
+        if let Some(single) = self.single.take() {
+            return Some(single);
+        }
+        let Segment { region, offset, len } = *self.left.next()?;
         let region = &self.memory.regions()[usize::from(region)];
         Some(region.get(offset, len).expect("`Walker::split` saw that it is inside"))
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {
-        self.left.size_hint()
+        let left = self.left.len() + usize::from(self.single.is_some());
+        (left, Some(left))
     }
 }
 
@@ -239,7 +228,6 @@ struct Segment {
     offset: u64,
     len: u32,
     region: u16,
-    is_writable: bool,
 }
 
 /// How the segments of a chain divide.
@@ -307,45 +295,44 @@ impl Walker {
 
     /// The chain that was walked last.
     pub(super) fn chain<'q>(&'q self, memory: &'q GuestMemory, shape: Shape) -> Chain<'q> {
-        Chain { memory, segments: &self.segments[..shape.segments], shape }
+        Chain { memory, single: None, segments: &self.segments[..shape.segments], shape }
     }
 
-    /// Looks at the chains at these heads, as far as they are single buffers. The first bytes of what the
-    /// device will read are in the cache of the driver's processor. They are asked for here, for all
-    /// chains together. Asked for when they are needed, they would arrive one chain after the other.
-    #[inline]
-    pub(super) fn look(
+    /// Looks at the chains at these heads, as long as they are single buffers in one region, as most are.
+    /// Each descriptor is copied once. Says of each where it is, and how many bytes of it the device may
+    /// write: all, or none if it is to read them.
+    ///
+    /// The first bytes of what the device will read are in the cache of the driver's processor. They are
+    /// asked for here, for all chains together. Asked for when they are needed, they would arrive one
+    /// chain after the other.
+    #[inline(always)]
+    pub(super) fn look<'m>(
         &mut self,
-        memory: &GuestMemory,
+        memory: &'m GuestMemory,
         rings: &Rings,
         heads: &[[u8; 2]],
-        found: &mut [Found],
+        found: &mut [Option<GuestSlice<'m>>],
+        len_max: &mut [u32],
     ) {
-        for (head, found) in heads.iter().zip(found) {
-            let head = u16::from_le_bytes(*head);
-            let bytes = rings.descriptor(head);
-            let single = bytes.and_then(|bytes| self.look_at(memory, Descriptor::parse(bytes)));
-            let single = single.unwrap_or_default();
-            let len_max = if single.is_writable { single.len } else { 0 };
-            *found = Found { single: [single], head, is_broken: false, len_max };
+        let mut recent = memory.regions().get(self.recent);
+        for ((head, found), len_max) in heads.iter().zip(found).zip(len_max) {
+            let Some(bytes) = rings.descriptor(u16::from_le_bytes(*head)) else { break };
+            let Descriptor { address, len, flags, .. } = Descriptor::parse(bytes);
+            if flags & (NEXT | INDIRECT) != 0 || len == 0 {
+                break;
+            }
+            let buffer = recent.and_then(|region| region.at(address, len));
+            let buffer = buffer.or_else(|| {
+                recent = self.search(memory, address).ok().map(|(_, region, _)| region);
+                recent?.at(address, len)
+            });
+            let Some(buffer) = buffer else { break };
+            *found = Some(buffer);
+            *len_max = if flags & WRITE != 0 { len } else { 0 };
+            if *len_max == 0 {
+                buffer.prefetch_head();
+            }
         }
-    }
-
-    /// The segment of a descriptor, if it is all of a chain and in one region.
-    #[inline]
-    fn look_at(&mut self, memory: &GuestMemory, descriptor: Descriptor) -> Option<Segment> {
-        let Descriptor { address, len, flags, .. } = descriptor;
-        if flags & (NEXT | INDIRECT) != 0 {
-            return None;
-        }
-        let (number, region, offset) = self.locate(memory, address).ok()?;
-        let buffer = region.get(offset, len)?;
-        let is_writable = flags & WRITE != 0;
-        if !is_writable {
-            buffer.prefetch_head();
-        }
-        // There are at most `REGIONS_MAX` regions, which is less than 2^16.
-        Some(Segment { offset, len, region: number as u16, is_writable })
     }
 
     /// Follows the chain at `head` and checks it as far as it goes. Each descriptor is copied once,
@@ -457,8 +444,7 @@ impl Walker {
             let piece = u64::from(len).min(inside) as u32;
             if let Some(segment) = self.segments.get_mut(shape.segments) {
                 // There are at most `REGIONS_MAX` regions, which is less than 2^16.
-                let (len, region) = (piece, number as u16);
-                *segment = Segment { offset, len, region, is_writable: descriptor.is(WRITE) };
+                *segment = Segment { offset, len: piece, region: number as u16 };
             }
             shape.segments += 1;
             len -= piece;

@@ -76,8 +76,7 @@ impl Rings {
     /// The descriptor at `index`, copied once. `None` if it is behind the table.
     #[inline]
     pub(super) fn descriptor(&self, index: u16) -> Option<[u8; DESCRIPTOR_LEN as usize]> {
-        let at = u64::from(index) * u64::from(DESCRIPTOR_LEN);
-        self.descriptors.get(at, DESCRIPTOR_LEN)?.read()
+        self.descriptors.read(u64::from(index) * u64::from(DESCRIPTOR_LEN))
     }
 
     /// The driver's index. Acquire: what the driver wrote before this index, entries and descriptors,
