@@ -49,7 +49,10 @@ enum Op {
     },
     Fetch(u8),
     Pop(u8),
+    /// The same for single buffers, and how many of them are taken.
+    PopSingles(u8, u8),
     Push(u8),
+    PushAll(u8),
     Unpop(u8),
     Flush,
     Interrupt,
@@ -251,6 +254,31 @@ fuzz_target!(|input: Input| {
                     assert!(found.is_some() || now.is_none() || then.is_none());
                     let is_whole = found.is_some();
                     popped.push_back((fetched, is_whole));
+                    return_broken(&mut popped);
+                }
+            }
+            Op::PopSingles(most, takes) => {
+                let mut taken = 0;
+                let count = queue.pop_singles((*most).into(), |single| {
+                    let buffer = single.readable().or(single.writable()).expect("either");
+                    let is_writable = single.writable().is_some();
+                    let all = vec![(buffer.guest_address(), buffer.len(), is_writable)];
+                    let fetched = heads.front().expect("it was fetched");
+                    assert_eq!(guest.walk(fetched.head), Some(all));
+                    if taken == u16::from(*takes) {
+                        return false;
+                    }
+                    taken += 1;
+                    popped.push_back((heads.pop_front().expect("seen above"), true));
+                    true
+                });
+                assert_eq!(count, taken);
+            }
+            Op::PushAll(count) => {
+                let count = u16::from(*count).min(queue.outstanding());
+                queue.push_all(&vec![0; count.into()]);
+                for _ in 0..count {
+                    assert!(popped.pop_front().is_some_and(|(_, whole)| whole));
                     return_broken(&mut popped);
                 }
             }

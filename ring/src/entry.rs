@@ -53,8 +53,13 @@ impl Outcome {
 
     #[inline]
     const fn decode(kind: u8, code: u32) -> Self {
+        if kind == 0 { Outcome::Done } else { Self::decode_failure(kind, code) }
+    }
+
+    /// It is apart, so that an entry that is done costs one comparison.
+    #[cold]
+    const fn decode_failure(kind: u8, code: u32) -> Self {
         match kind {
-            0 => Outcome::Done,
             1 => Outcome::Cancelled,
             2 => Outcome::DevicePanicked,
             3 => Outcome::Abandoned,

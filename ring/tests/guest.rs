@@ -111,12 +111,22 @@ fn a_part_of_a_memory_is_a_region_that_keeps_its_mapping() {
         assert_eq!(part.get(8, 2).and_then(|slice| slice.read()), Some(*b"hi"));
         assert!(part.get(0x10, 0).is_some() && part.get(8, 9).is_none());
         assert!(part.get(u64::MAX, 1).is_none() && part.get(0x11, 0).is_none());
+        assert_eq!(part.at(0x1108, 2).and_then(|slice| slice.read()), Some(*b"hi"));
+        let place = part.at(0x1108, 8).map(|slice| (slice.guest_address(), slice.len()));
+        assert_eq!(place, Some((0x1108, 8)));
+        assert!(part.at(0x1110, 0).is_some() && part.at(0x1108, 9).is_none());
+        assert!(part.at(0x10ff, 1).is_none() && part.at(0x1111, 0).is_none());
+        assert_eq!((part.read(8), part.read(14)), (Some(*b"hi"), Some([0, 0])));
+        assert!(part.read::<16>(0).is_some() && part.read::<17>(0).is_none());
+        assert!(part.read::<2>(15).is_none() && part.read::<1>(u64::MAX).is_none());
     }
     let elsewhere = part.clone().readdressed(0x50);
     elsewhere.get(8, 2).expect("it is inside").mark_dirty(2);
     part.get(8, 2).expect("it is inside").mark_dirty(2);
     assert_eq!(*log.0.lock().expect("no panic"), [(0x58, 2), (0x1108, 2)]);
-    assert!(part.readdressed(u64::MAX - 9).get(8, 2).is_none(), "beyond 64 bits");
+    let at_the_end = part.readdressed(u64::MAX - 9);
+    assert!(at_the_end.get(8, 2).is_none() && at_the_end.at(u64::MAX - 1, 2).is_none());
+    assert!(at_the_end.at(u64::MAX - 1, 1).is_some(), "it ends within 64 bits");
 }
 
 #[test]

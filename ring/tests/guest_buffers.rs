@@ -449,6 +449,31 @@ fn a_guests_write_ends_in_its_queue() {
     assert_eq!(done.collect::<Vec<_>>(), [(1, 60), (2, 60)]);
 }
 
+/// Goal: the end of a read sets the length and the header together, or changes nothing. Method: buffers in
+/// one piece and in several, with space for a header and without.
+#[test]
+fn the_end_of_a_filling_sets_the_length_and_the_header() {
+    let table = table(0x1000, 64);
+    let whole: &[(u64, u32)] = &[(0x100, 52)];
+    let pieces: &[(u64, u32)] = &[(0x200, 7), (0x300, 45)];
+    for (ranges, header_len) in [(whole, 12), (whole, 0), (pieces, 12), (pieces, 0)] {
+        let mut buffer = table.buffer(ranges.iter().copied(), header_len).expect("valid");
+        let room = 52 - header_len as usize;
+        assert!(buffer.end_filling(room + 1, b"headerheader").is_err());
+        assert_eq!(buffer.len(), room);
+        assert_ne!(buffer.header(), Some(*b"headerheader"));
+        for len in [0, room] {
+            buffer.end_filling(len, b"headerheader").expect("it has space");
+            assert_eq!(buffer.len(), len);
+        }
+        assert_eq!(buffer.header(), (header_len > 0).then_some(*b"headerheader"));
+        let mut first = [0; 12];
+        assert_eq!(buffer.segments().copy_to(&mut first), 12);
+        assert_eq!(&first == b"headerheader", header_len > 0, "nothing else is written");
+        assert!(buffer.set_header(&[0; 12]) == (header_len > 0));
+    }
+}
+
 /// Goal: the entry of a buffer says whether it is in one piece, however it was made and whatever became of its
 /// length. Method: lists of none, one and several segments, with empty ranges between.
 #[test]

@@ -222,12 +222,11 @@ pub(super) fn set_part_len(buffer: &mut Buffer, len: usize, is_first: bool) {
 /// is empty.
 #[inline(always)]
 pub(super) fn end_plain_read(guest: &mut GuestBuffer, len: usize) -> bool {
-    if guest.set_len(len).is_err() {
+    let fits = guest.end_filling(len, &NO_OFFLOAD).is_ok();
+    if !fits {
         let _ = guest.set_len(0);
-        return false;
     }
-    guest.set_header(&NO_OFFLOAD);
-    true
+    fits
 }
 
 /// Ends a read that a device has filled in the guest's memory itself: `len` bytes of a packet, behind

@@ -73,7 +73,7 @@ mod layout;
 mod rings;
 mod used;
 
-pub use chain::{Chain, ChainError, DESCRIPTORS_MAX, Segments};
+pub use chain::{Chain, ChainError, DESCRIPTORS_MAX, Segments, Single};
 pub use layout::{
     AddressSpace, BrokenQueue, Part, QueueError, QueueFeatures, QueueLayout, QueueState, SIZE_MAX,
 };
@@ -321,7 +321,7 @@ impl Queue {
     /// bytes of what the device will read. So the bytes of a burst arrive together from the driver's
     /// processor.
     #[inline(always)]
-    pub fn pop_singles(&mut self, most: u16, mut serve: impl FnMut(Chain<'_>) -> bool) -> u16 {
+    pub fn pop_singles(&mut self, most: u16, mut serve: impl FnMut(Single<'_>) -> bool) -> u16 {
         let slot = self.rings.slot(self.next_available);
         let known = self.fetched.wrapping_sub(self.next_available);
         let count = usize::from(most.min(known)).min(LOOK).min(self.heads.len() - slot);
@@ -332,7 +332,7 @@ impl Queue {
         let mut popped = 0;
         for (buffer, len_max) in found.iter().zip(len_max) {
             let Some(buffer) = *buffer else { break };
-            if !serve(Chain::single(&self.memory, buffer, *len_max > 0)) {
+            if !serve(Single::new(&self.memory, buffer, *len_max > 0)) {
                 break;
             }
             self.next_available = self.next_available.wrapping_add(1);
@@ -394,7 +394,7 @@ impl Queue {
     ///
     /// If fewer chains are [outstanding](Self::outstanding).
     #[inline]
-    pub(crate) fn push_all(&mut self, written: &[u32]) {
+    pub fn push_all(&mut self, written: &[u32]) {
         assert!(written.len() <= self.outstanding().into(), "as many chains are outstanding");
         if self.broken_popped > 0 {
             return written.iter().for_each(|written| self.push(*written));

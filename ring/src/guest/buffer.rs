@@ -185,6 +185,33 @@ impl GuestBuffer {
         self.header_len() == header.len() && self.segments().write_first(header)
     }
 
+    /// Ends the filling of the buffer with a packet of `len` bytes: sets the packet's length, and copies a
+    /// header in if there is space for one.
+    ///
+    /// # Errors
+    ///
+    /// The segments have fewer bytes. In this case nothing has changed.
+    #[inline]
+    pub fn end_filling(&mut self, len: usize, header: &[u8; 12]) -> Result<(), OutOfSpace> {
+        if self.0.is_in_pieces() {
+            self.set_len(len)?;
+            self.set_header_in_pieces(header);
+            return Ok(());
+        }
+        // SAFETY: as in `range`.
+        let slot = unsafe { read_slot(self.0.pool_ptr(), self.0.slot()) };
+        let available = (slot.total - slot.header) as usize;
+        if len > available {
+            return Err(OutOfSpace { wanted: len, available });
+        }
+        if slot.header as usize == header.len() {
+            // SAFETY: as in `Segments::next`.
+            unsafe { slice_of(&slot.segments[0]) }.write(header);
+        }
+        self.0.set_guest_len(len as u32);
+        Ok(())
+    }
+
     /// Copies a packet in, and sets its length.
     ///
     /// # Errors

@@ -7,7 +7,7 @@ use crate::event::Event;
 use crate::net::interrupt::Interrupt;
 use crate::net::stats::Counters;
 use crate::net::window::{State, Step, Window};
-use crate::queue::{Chain, ChainError, Queue, QueueState};
+use crate::queue::{Chain, ChainError, Queue, QueueState, Single};
 
 /// How many chains a queue is asked for at a time, and the most packets for one interrupt at a busy
 /// queue. DPDK has the same.
@@ -83,13 +83,20 @@ pub(super) trait Serve {
     /// How many chains may be posted now. More of them would be [`Verdict::Later`].
     fn room(&mut self) -> u16;
 
-    /// What to do with a chain, which has this number in the window.
+    /// What to do with the usual chain, which has this number in the window.
+    fn serve_single(&mut self, single: Single<'_>, number: u32) -> Verdict;
+
+    /// The same for a chain of any shape.
     fn serve(&mut self, chain: Chain<'_>, number: u32) -> Verdict;
 }
 
 impl<F: FnMut(Chain<'_>, u32) -> Verdict> Serve for F {
     fn room(&mut self) -> u16 {
         u16::MAX
+    }
+
+    fn serve_single(&mut self, single: Single<'_>, number: u32) -> Verdict {
+        self(single.chain(), number)
     }
 
     fn serve(&mut self, chain: Chain<'_>, number: u32) -> Verdict {
@@ -118,7 +125,7 @@ impl RunningQueue {
 
     /// Takes at most `most` chains out of the queue, and lets `server` decide on each. Returns how many
     /// were taken, broken ones included.
-    #[inline]
+    #[inline(never)]
     pub(super) fn take<S: Serve>(&mut self, cx: Context<'_>, most: u16, server: &mut S) -> u16 {
         // Nothing is behind a chain that is to be given up. The ring gives back what is before it.
         self.blocked = self.window.has_cancelled();
@@ -135,8 +142,8 @@ impl RunningQueue {
             // If there is no room, one chain is tried all the same: the ring may be closed.
             let count = count.min(server.room().max(1));
             let Self { queue, window, blocked, .. } = self;
-            let popped = queue.pop_singles(count, |chain| {
-                match server.serve(chain, window.next()) {
+            let popped = queue.pop_singles(count, |single| {
+                match server.serve_single(single, window.next()) {
                     Verdict::Posted => window.add_posted(),
                     Verdict::Dropped => window.add_dropped(),
                     Verdict::Later => *blocked = true,
@@ -212,31 +219,31 @@ impl RunningQueue {
     }
 
     /// Ends the chain with this number, which is in the ring. It goes back with the next
-    /// [`settle`](Self::settle), or when those before it have ended. Returns its place in the window, or
-    /// `None` if no chain with this number is in the ring.
+    /// [`settle`](Self::settle), or when those before it have ended. Returns whether a chain with this
+    /// number is in the ring.
     #[inline(always)]
-    pub(super) fn end(&mut self, number: u64, state: State) -> Option<usize> {
-        self.end_next(number, state).or_else(|| self.end_other(number, state))
+    pub(super) fn end(&mut self, number: u64, state: State) -> bool {
+        self.end_next(number, state) || self.end_other(number, state)
     }
 
     /// Ends a chain that continues those that have ended before it, if there is space for its length.
     #[inline(always)]
-    fn end_next(&mut self, number: u64, state: State) -> Option<usize> {
-        let State::Done(len) = state else { return None };
+    fn end_next(&mut self, number: u64, state: State) -> bool {
+        let State::Done(len) = state else { return false };
         let Ended { count, lens } = &mut self.ended;
         let next = self.window.oldest().wrapping_add(*count as u32);
-        if number != u64::from(next) {
-            return None;
-        }
-        *lens.get_mut(*count)? = len;
+        let Some(place) = lens.get_mut(*count).filter(|_| number == u64::from(next)) else {
+            return false;
+        };
+        *place = len;
         *count += 1;
-        Some(self.window.place(next))
+        true
     }
 
     #[inline(never)]
-    fn end_other(&mut self, number: u64, state: State) -> Option<usize> {
+    fn end_other(&mut self, number: u64, state: State) -> bool {
         self.push_ended();
-        self.end_next(number, state).or_else(|| self.window.end(number, state))
+        self.end_next(number, state) || self.window.end(number, state)
     }
 
     /// Pushes the oldest chains, which have ended one after the other.

@@ -5,11 +5,11 @@ use std::time::{Duration, Instant};
 
 use vmring::config::Offloads;
 use vmring::device::Capabilities;
-use vmring::guest::{GuestMemory, GuestSlice};
+use vmring::guest::{GuestBufferError, GuestMemory, GuestSlice};
 use vmring::stats::RingStats;
 use vmring::{
-    CloseReason, Completion, Direction, Drive, EntryError, Error, Interface, Ring, SegmentTable,
-    Status, SubmitErrorKind,
+    CloseReason, Completion, Direction, Drive, EntryError, Error, GuestBuffer, Interface, Ring,
+    SegmentTable, Status, SubmitErrorKind,
 };
 
 use crate::net::copying::{Copier, FRAMES, Wanted};
@@ -20,7 +20,7 @@ use crate::net::limits::{
 use crate::net::readiness::Readiness;
 use crate::net::running::{BURST, Context, RunningQueue, Serve, Turn, Verdict};
 use crate::net::window::State;
-use crate::queue::Chain;
+use crate::queue::{Chain, Single};
 
 /// The receive queue of a pair, and its ring.
 #[derive(Debug)]
@@ -311,6 +311,7 @@ impl Receiver {
         let Self { ring, running, logged, rest, copier, .. } = self;
         let mut reaped = 0u16;
         let mut moved = Moved::default();
+        let mut left = *rest;
         match (ring, copier, &mut *running) {
             (Some(ring), Some(copier), _) => ring.reap().for_each(|done| {
                 reaped = reaped.saturating_add(1);
@@ -318,19 +319,19 @@ impl Receiver {
             }),
             (Some(ring), None, Some(running)) => ring.reap().for_each(|done| {
                 reaped = reaped.saturating_add(1);
-                let (state, written) = outcome(cx, &done, rest, &mut moved);
-                let place = running.end(done.user_data, state);
+                let (state, written) = outcome(cx, &done, &mut left, &mut moved);
                 // Most memories have no dirty log.
-                if !logged.is_empty()
-                    && let Some(list) = place.and_then(|place| logged.get(place))
-                {
-                    mark(running.queue.memory(), list, written);
+                if running.end(done.user_data, state) && !logged.is_empty() {
+                    // There are as many places as the queue has entries, which is a power of two.
+                    let place = done.user_data as usize & (logged.len() - 1);
+                    mark(running.queue.memory(), &logged[place], written);
                 }
             }),
             // Nothing is posted without a queue.
             (Some(ring), None, None) => reaped = ring.reap().count() as u16,
             (None, ..) => {}
         }
+        *rest = left;
         cx.counters.rx_packets.add(moved.packets);
         cx.counters.rx_bytes.add(moved.bytes);
         if let Some(running) = running {
@@ -415,15 +416,39 @@ impl Serve for Poster<'_> {
     }
 
     #[inline(always)]
+    fn serve_single(&mut self, single: Single<'_>, number: u32) -> Verdict {
+        let space = single.writable().filter(|space| space.len() >= self.least);
+        let Some(space) = space else { return self.drop_useless() };
+        let buffer = self.table.buffer_of(first_bytes(space, self.bytes), HEADER_LEN);
+        let verdict = self.post(buffer, number);
+        if !self.logged.is_empty() {
+            self.log(&single.chain(), number);
+        }
+        verdict
+    }
+
     fn serve(&mut self, chain: Chain<'_>, number: u32) -> Verdict {
         if chain.writable_len() < self.least.into() {
-            self.cx.counters.rx_useless.add(1);
-            return Verdict::Dropped;
+            return self.drop_useless();
         }
-        let buffer = match chain.only_writable() {
-            Some(space) => self.table.buffer_of(first_bytes(space, self.bytes), HEADER_LEN),
-            None => self.table.buffer_of(useful(&chain, self.bytes), HEADER_LEN),
-        };
+        let buffer = self.table.buffer_of(useful(&chain, self.bytes), HEADER_LEN);
+        let verdict = self.post(buffer, number);
+        if !self.logged.is_empty() {
+            self.log(&chain, number);
+        }
+        verdict
+    }
+}
+
+impl Poster<'_> {
+    #[cold]
+    fn drop_useless(&mut self) -> Verdict {
+        self.cx.counters.rx_useless.add(1);
+        Verdict::Dropped
+    }
+
+    #[inline(always)]
+    fn post(&mut self, buffer: Result<GuestBuffer, GuestBufferError>, number: u32) -> Verdict {
         // If there is none, the table's slots are all in use.
         let Ok(buffer) = buffer else { return Verdict::Later };
         if let Err(refused) = self.ring.stage_read_guest(buffer, number.into()) {
@@ -432,14 +457,9 @@ impl Serve for Poster<'_> {
             }
             return Verdict::Later;
         }
-        if !self.logged.is_empty() {
-            self.log(&chain, number);
-        }
         Verdict::Posted
     }
-}
 
-impl Poster<'_> {
     /// Notes where a buffer is that is on its way.
     #[cold]
     fn log(&mut self, chain: &Chain<'_>, number: u32) {

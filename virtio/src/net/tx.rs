@@ -16,7 +16,7 @@ use crate::net::limits::{COPY_FRAMES, segments};
 use crate::net::readiness::Readiness;
 use crate::net::running::{BURST, Context, RunningQueue, Serve, Turn, Verdict};
 use crate::net::window::State;
-use crate::queue::Chain;
+use crate::queue::{Chain, Single};
 
 /// The `user_data` of a packet that is no guest's chain.
 const OWN: u64 = u64::MAX;
@@ -252,6 +252,14 @@ impl Serve for Sender<'_> {
     }
 
     #[inline(always)]
+    fn serve_single(&mut self, single: Single<'_>, number: u32) -> Verdict {
+        let number = number.into();
+        match single.readable().and_then(|packet| self.send_plain(packet, number)) {
+            Some(sent) => sent.unwrap_or_else(|kind| self.refused(kind)),
+            None => self.send_other(single.chain(), number),
+        }
+    }
+
     fn serve(&mut self, chain: Chain<'_>, number: u32) -> Verdict {
         let number = number.into();
         match chain.only_readable().and_then(|packet| self.send_plain(packet, number)) {

@@ -47,7 +47,7 @@ impl Window {
     }
 
     /// Where the chain with this number is.
-    pub(super) fn place(&self, number: u32) -> usize {
+    fn place(&self, number: u32) -> usize {
         number as usize & (self.states.len() - 1)
     }
 
@@ -86,19 +86,19 @@ impl Window {
         self.next.wrapping_sub(self.oldest)
     }
 
-    /// Ends the chain with this number, which is in the ring. Returns its place, or `None` if no
-    /// chain with this number is.
-    pub(super) fn end(&mut self, number: u64, state: State) -> Option<usize> {
-        let number = u32::try_from(number).ok()?;
+    /// Ends the chain with this number, which is in the ring. Returns whether a chain with this number
+    /// is.
+    pub(super) fn end(&mut self, number: u64, state: State) -> bool {
+        let Ok(number) = u32::try_from(number) else { return false };
         let place = self.place(number);
         let is_there = number.wrapping_sub(self.oldest) < self.len();
         if !is_there || self.states[place] != State::Posted {
-            return None;
+            return false;
         }
         self.posted -= 1;
         self.states[place] = state;
         self.cancelled += u32::from(state == State::Cancelled);
-        Some(place)
+        true
     }
 
     /// The number of the oldest chain, or the next number if there is none.
@@ -192,9 +192,9 @@ mod tests {
     fn chains_end_in_the_order_in_which_they_were_popped() {
         let mut window = posted(2);
         window.add_dropped();
-        assert_eq!(window.end(1, State::Done(7)), Some(1));
+        assert!(window.end(1, State::Done(7)));
         assert_eq!(window.step(), Step::Wait);
-        assert_eq!(window.end(0, State::Done(5)), Some(0));
+        assert!(window.end(0, State::Done(5)));
         let steps: [_; 4] = std::array::from_fn(|_| window.step());
         assert_eq!(steps, [Step::Push(5), Step::Push(7), Step::Push(0), Step::Wait]);
     }
@@ -202,7 +202,7 @@ mod tests {
     #[test]
     fn the_oldest_chains_end_at_once() {
         let mut window = posted(4);
-        assert_eq!(window.end(2, State::Done(7)), Some(2));
+        assert!(window.end(2, State::Done(7)));
         assert_eq!((window.end_oldest(1), window.oldest()), (1, 1));
         assert_eq!(window.end_oldest(3), 1, "the third has ended already");
         assert_eq!(window.end_oldest(3), 0);
@@ -223,7 +223,7 @@ mod tests {
         let steps: [_; 4] = std::array::from_fn(|_| window.step());
         assert_eq!(steps, [Step::Push(0), Step::Push(6), Step::Push(0), Step::Wait]);
         (0..8).for_each(|_| window.add_posted());
-        (4..12).for_each(|number| assert!(window.end(number, State::Cancelled).is_some()));
+        (4..12).for_each(|number| assert!(window.end(number, State::Cancelled)));
         assert_eq!((window.step(), window.posted()), (Step::Unpop(8), 0));
         (0..8).for_each(|_| window.add_posted());
         assert_eq!((window.end_oldest(8), window.posted()), (8, 0));
@@ -233,10 +233,10 @@ mod tests {
     #[test]
     fn numbers_that_are_not_on_their_way_are_refused() {
         let mut window = posted(2);
-        assert_eq!(window.end(2, State::Done(0)), None);
-        assert_eq!(window.end(u64::MAX, State::Done(0)), None);
-        assert_eq!(window.end(0, State::Done(0)), Some(0));
-        assert_eq!(window.end(0, State::Done(0)), None, "it has ended already");
+        assert!(!window.end(2, State::Done(0)));
+        assert!(!window.end(u64::MAX, State::Done(0)));
+        assert!(window.end(0, State::Done(0)));
+        assert!(!window.end(0, State::Done(0)), "it has ended already");
     }
 
     #[test]
@@ -268,8 +268,8 @@ mod tests {
         let mut window = Window { oldest: u32::MAX, next: u32::MAX, ..Window::new(4) };
         window.add_posted();
         window.add_posted();
-        assert!(window.end(0, State::Done(2)).is_some());
-        assert!(window.end(u32::MAX.into(), State::Done(1)).is_some());
+        assert!(window.end(0, State::Done(2)));
+        assert!(window.end(u32::MAX.into(), State::Done(1)));
         assert_eq!((window.step(), window.step()), (Step::Push(1), Step::Push(2)));
     }
 }

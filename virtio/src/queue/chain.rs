@@ -117,28 +117,13 @@ impl core::error::Error for ChainError {
 #[derive(Clone, Copy)]
 pub struct Chain<'q> {
     memory: &'q GuestMemory,
-    /// The only segment of a chain that [`Walker::look`] has found. `segments` is empty then.
+    /// The buffer of a [`Single`]. `segments` is empty then.
     single: Option<GuestSlice<'q>>,
     segments: &'q [Segment],
     shape: Shape,
 }
 
 impl<'q> Chain<'q> {
-    /// The chain that is a single buffer in one region.
-    #[inline(always)]
-    pub(super) fn single(
-        memory: &'q GuestMemory,
-        buffer: GuestSlice<'q>,
-        is_writable: bool,
-    ) -> Self {
-        let bytes = u64::from(buffer.len());
-        let shape = match is_writable {
-            false => Shape { segments: 1, readable: 1, readable_len: bytes, writable_len: 0 },
-            true => Shape { segments: 1, readable: 0, readable_len: 0, writable_len: bytes },
-        };
-        Self { memory, single: Some(buffer), segments: &[], shape }
-    }
-
     /// What the device may read.
     pub fn readable(&self) -> Segments<'q> {
         let single = self.single.filter(|_| self.shape.readable > 0);
@@ -153,16 +138,10 @@ impl<'q> Chain<'q> {
         Segments { memory: self.memory, single, left: self.segments[count..].iter() }
     }
 
-    /// All that the device may read, if it is in one segment, as it usually is.
-    #[inline(always)]
+    /// All that the device may read, if it is in one segment.
+    #[inline]
     pub(crate) fn only_readable(&self) -> Option<GuestSlice<'q>> {
         if self.shape.readable == 1 { self.readable().next() } else { None }
-    }
-
-    /// All that the device may write, if it is in one segment, as it usually is.
-    #[inline(always)]
-    pub(crate) fn only_writable(&self) -> Option<GuestSlice<'q>> {
-        if self.shape.segments - self.shape.readable == 1 { self.writable().next() } else { None }
     }
 
     /// The number of bytes that the device may read.
@@ -173,6 +152,45 @@ impl<'q> Chain<'q> {
     /// The number of bytes that the device may write.
     pub fn writable_len(&self) -> u64 {
         self.shape.writable_len
+    }
+}
+
+/// A chain that is a single buffer in one region of the guest's memory, as most are.
+/// [`Queue::pop_singles`](crate::queue::Queue::pop_singles) finds it without a walk.
+#[derive(Clone, Copy, Debug)]
+pub struct Single<'q> {
+    memory: &'q GuestMemory,
+    buffer: GuestSlice<'q>,
+    is_writable: bool,
+}
+
+impl<'q> Single<'q> {
+    #[inline(always)]
+    pub(super) fn new(memory: &'q GuestMemory, buffer: GuestSlice<'q>, is_writable: bool) -> Self {
+        Self { memory, buffer, is_writable }
+    }
+
+    /// The buffer, if the device may read it.
+    #[inline(always)]
+    pub fn readable(&self) -> Option<GuestSlice<'q>> {
+        (!self.is_writable).then_some(self.buffer)
+    }
+
+    /// The buffer, if the device may write it.
+    #[inline(always)]
+    pub fn writable(&self) -> Option<GuestSlice<'q>> {
+        self.is_writable.then_some(self.buffer)
+    }
+
+    /// The same as a chain. It is for code that serves chains of any shape.
+    #[inline(always)]
+    pub fn chain(&self) -> Chain<'q> {
+        let bytes = u64::from(self.buffer.len());
+        let shape = match self.is_writable {
+            false => Shape { segments: 1, readable: 1, readable_len: bytes, writable_len: 0 },
+            true => Shape { segments: 1, readable: 0, readable_len: 0, writable_len: bytes },
+        };
+        Chain { memory: self.memory, single: Some(self.buffer), segments: &[], shape }
     }
 }
 
@@ -305,7 +323,7 @@ impl Walker {
     /// The first bytes of what the device will read are in the cache of the driver's processor. They are
     /// asked for here, for all chains together. Asked for when they are needed, they would arrive one
     /// chain after the other.
-    #[inline(always)]
+    #[inline(never)]
     pub(super) fn look<'m>(
         &mut self,
         memory: &'m GuestMemory,

@@ -3,7 +3,7 @@
 
 use proptest::prelude::*;
 use vmring_core::guest::GuestFault;
-use vmring_virtio::queue::{AddressSpace, ChainError, Queue, QueueFeatures, QueueState};
+use vmring_virtio::queue::{self, AddressSpace, ChainError, Queue, QueueFeatures, QueueState};
 
 use crate::driver::{Buffer, Descriptor, Driver, INDIRECT, NEXT, Setup, shapes};
 use crate::queue::{bytes_of, cut, fill, segments};
@@ -21,8 +21,12 @@ enum Op {
     Fetch(u16),
     /// How many, and how much of each chain's room is written: so many 255ths.
     Pop(u16, u8),
+    /// The same for single buffers. The last one is left in the queue if so.
+    PopSingles(u16, u8, bool),
     Unpop(prop::sample::Index),
     Push(prop::sample::Index),
+    /// The same, all at once.
+    PushAll(prop::sample::Index),
     Flush,
     AskForInterrupt,
     Collect,
@@ -63,8 +67,11 @@ fn op() -> impl Strategy<Value = Op> {
         8 => Just(Op::Expose),
         8 => (0_u16..40).prop_map(Op::Fetch),
         8 => (1_u16..40, any::<u8>()).prop_map(|(count, part)| Op::Pop(count, part)),
+        8 => (1_u16..40, any::<u8>(), any::<bool>())
+            .prop_map(|(count, part, leaves)| Op::PopSingles(count, part, leaves)),
         2 => any::<prop::sample::Index>().prop_map(Op::Unpop),
-        8 => any::<prop::sample::Index>().prop_map(Op::Push),
+        5 => any::<prop::sample::Index>().prop_map(Op::Push),
+        5 => any::<prop::sample::Index>().prop_map(Op::PushAll),
         6 => Just(Op::Flush),
         4 => Just(Op::AskForInterrupt),
         6 => Just(Op::Collect),
@@ -95,8 +102,20 @@ struct Chain {
     head: u16,
     broken: Option<ChainError>,
     buffers: Vec<Buffer>,
+    is_indirect: bool,
     /// How many bytes the device has written.
     written: u64,
+}
+
+impl Chain {
+    /// Checks what was popped, and writes a part of its room, so many 255ths.
+    fn serve(&mut self, driver: &Driver, popped: &queue::Chain<'_>, number: u8, part: u8) {
+        assert_eq!(self.broken, None);
+        assert_eq!(segments(popped), cut(driver, &self.buffers));
+        assert!(bytes_of(popped).iter().all(|byte| *byte == number));
+        self.written = popped.writable_len() * u64::from(part) / 255;
+        fill(popped, !number, self.written);
+    }
 }
 
 /// All counts are of chains since the beginning.
@@ -195,7 +214,8 @@ impl Model {
             self.driver.set_descriptor(head, Descriptor { address, len, flags, next: head });
             error
         });
-        self.chains.push(Chain { head, broken, buffers, written: 0 });
+        let is_indirect = indirect.is_some();
+        self.chains.push(Chain { head, broken, buffers, is_indirect, written: 0 });
     }
 
     fn run(&mut self, op: &Op) {
@@ -231,6 +251,7 @@ impl Model {
                 assert_eq!(self.queue.fetch(most as u16), Ok(ready as u16));
             }
             Op::Pop(count, part) => (0..*count).for_each(|_| self.pop(*part)),
+            Op::PopSingles(count, part, leaves) => self.pop_singles(*count, *part, *leaves),
             Op::Unpop(index) => {
                 let count = index.index(self.outstanding() + 1);
                 self.queue.unpop(count as u16);
@@ -242,6 +263,17 @@ impl Model {
             Op::Push(index) => {
                 for _ in 0..index.index(self.outstanding() + 1) {
                     self.queue.push(self.chains[self.pushed].written as u32);
+                    self.pushed += 1;
+                    self.return_broken();
+                }
+            }
+            Op::PushAll(index) => {
+                let count = index.index(self.outstanding() + 1);
+                let popped = &self.chains[self.pushed..self.popped];
+                let whole = popped.iter().filter(|chain| chain.broken.is_none());
+                let lens: Vec<_> = whole.map(|chain| chain.written as u32).take(count).collect();
+                self.queue.push_all(&lens);
+                for _ in lens {
                     self.pushed += 1;
                     self.return_broken();
                 }
@@ -295,17 +327,36 @@ impl Model {
         let number = self.popped as u8;
         let expected = &mut self.chains[self.popped];
         match popped {
-            Ok(chain) => {
-                assert_eq!(expected.broken, None);
-                assert_eq!(segments(&chain), cut(&self.driver, &expected.buffers));
-                assert!(bytes_of(&chain).iter().all(|byte| *byte == number));
-                expected.written = chain.writable_len() * u64::from(part) / 255;
-                fill(&chain, !number, expected.written);
-            }
+            Ok(chain) => expected.serve(&self.driver, &chain, number, part),
             Err(error) => assert_eq!(Some(error), expected.broken),
         }
         self.popped += 1;
         self.return_broken();
+    }
+
+    fn pop_singles(&mut self, most: u16, part: u8, leaves_last: bool) {
+        let Self { queue, driver, chains, .. } = self;
+        let (mut popped, mut has_left) = (self.popped, false);
+        let count = queue.pop_singles(most, |single| {
+            assert!(popped < self.fetched && !has_left);
+            has_left = leaves_last && popped + 1 == self.fetched;
+            if !has_left {
+                let chain = single.chain();
+                assert_eq!(single.readable().is_some(), chain.readable_len() > 0);
+                assert_eq!(single.writable().is_some(), chain.writable_len() > 0);
+                chains[popped].serve(driver, &chain, popped as u8, part);
+                popped += 1;
+            }
+            !has_left
+        });
+        assert_eq!(popped - self.popped, usize::from(count));
+        // It may end early, but it begins if it can.
+        if count == 0 && !has_left && self.popped < self.fetched {
+            let next = &chains[popped];
+            let is_single = next.broken.is_none() && cut(driver, &next.buffers).len() == 1;
+            assert!(!is_single || next.is_indirect);
+        }
+        self.popped = popped;
     }
 
     fn collect(&mut self) {
