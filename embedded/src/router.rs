@@ -17,7 +17,8 @@
 //! counted.
 //!
 //! The router takes a few frames of one port, then of the next ([`RouterEnd::receive`]), so that the
-//! ports have equal shares of it.
+//! ports have equal shares of it. One that knows better what the frames of each port cost chooses the port
+//! itself ([`RouterEnd::receive_from`]).
 //!
 //! The first frame for another network starts the router, on the thread of its sender.
 //!
@@ -669,6 +670,18 @@ impl<B> RouterEnd<B> {
         }
     }
 
+    /// The ports that may have frames for the router, as far as [`look`](Self::look) has found, by number.
+    pub fn waiting(&self) -> impl Iterator<Item = u32> + '_ {
+        self.taken.iter().enumerate().flat_map(|(word, &bits)| {
+            let mut left = bits;
+            core::iter::from_fn(move || {
+                let bit = (left != 0).then(|| left.trailing_zeros())?;
+                left &= left - 1;
+                Some(word as u32 * 64 + bit)
+            })
+        })
+    }
+
     /// Announces that the thread wants to sleep. Returns true if there is nothing to look at: the wake
     /// callback will be called once when that changes. Call [`disarm`](Self::disarm) after the sleep.
     pub fn arm(&mut self) -> bool {
@@ -711,38 +724,53 @@ impl<B: PacketBuffer> RouterEnd<B> {
     pub fn receive(&mut self, batch: &mut RouterBatch) -> Option<u32> {
         self.give_back(batch);
         while let Some(index) = self.next() {
-            let Some(port) = &mut self.ports[index] else {
-                self.taken[index / 64] &= !(1 << (index % 64));
-                continue;
-            };
-            let len = offload::LEN + port.outbox.inbox().max_frame();
-            if !core::mem::replace(&mut port.has_buffers, true) {
-                while port.outbox.stage(vec![0; len].into()).is_ok() {}
-            }
-            // The first time, or a batch has ended with the router that had it.
-            while port.spare.len() < ROUTER_BATCH {
-                port.spare.push(vec![0; len].into());
-            }
-            batch.port = (port.number, port.generation);
-            while batch.frames.len() < ROUTER_BATCH
-                && let Some(frame) = port.outbox.collect()
-            {
-                batch.frames.push(frame);
-                // The frame has left a place, and there are as many spare buffers as a batch has frames.
-                if let Some(buffer) = port.spare.pop() {
-                    let _ = port.outbox.stage(buffer);
-                }
-            }
-            port.outbox.publish();
-            if batch.frames.len() < ROUTER_BATCH {
-                // A frame that is still being copied is followed by a ring.
-                self.taken[index / 64] &= !(1 << (index % 64));
-            }
-            if !batch.is_empty() {
+            if self.receive_from(index as u32, batch) {
                 return Some(batch.port.0);
             }
         }
         None
+    }
+
+    /// Receives frames of a port, at most [`ROUTER_BATCH`], in their order, and returns whether it had
+    /// any. What `batch` had before is gone. [`waiting`](Self::waiting) names the ports that may have some.
+    ///
+    /// It is for a router that shares its time out by another measure than [`receive`](Self::receive),
+    /// which gives each port as many frames as another.
+    pub fn receive_from(&mut self, port: u32, batch: &mut RouterBatch) -> bool {
+        self.give_back(batch);
+        let index = port as usize;
+        let bit = 1 << (index % 64);
+        if self.taken.get(index / 64).is_none_or(|word| word & bit == 0) {
+            return false;
+        }
+        let Some(port) = &mut self.ports[index] else {
+            self.taken[index / 64] &= !bit;
+            return false;
+        };
+        let len = offload::LEN + port.outbox.inbox().max_frame();
+        if !core::mem::replace(&mut port.has_buffers, true) {
+            while port.outbox.stage(vec![0; len].into()).is_ok() {}
+        }
+        // The first time, or a batch has ended with the router that had it.
+        while port.spare.len() < ROUTER_BATCH {
+            port.spare.push(vec![0; len].into());
+        }
+        batch.port = (port.number, port.generation);
+        while batch.frames.len() < ROUTER_BATCH
+            && let Some(frame) = port.outbox.collect()
+        {
+            batch.frames.push(frame);
+            // The frame has left a place, and there are as many spare buffers as a batch has frames.
+            if let Some(buffer) = port.spare.pop() {
+                let _ = port.outbox.stage(buffer);
+            }
+        }
+        port.outbox.publish();
+        if batch.frames.len() < ROUTER_BATCH {
+            // A frame that is still being copied is followed by a ring.
+            self.taken[index / 64] &= !bit;
+        }
+        !batch.is_empty()
     }
 
     /// Gives the buffers of a batch back to the port that they are of.

@@ -394,6 +394,44 @@ fn a_flood_fills_the_outbox_of_its_own_port_only() {
     }
 }
 
+/// Goal: a router that chooses whose frames it takes gets those of that port only, and knows who has some.
+#[test]
+fn the_router_chooses_whose_frames_it_takes() {
+    let (network, router, gateway) = network();
+    let mut guests: Vec<_> = (1..=3).map(|number| Guest::join(&network, number)).collect();
+    let frames: Vec<_> = guests.iter().map(|guest| to_world(gateway, guest.mac, b"x")).collect();
+    // The router takes the first of each, so that it has lent its buffers.
+    for (guest, frame) in guests.iter_mut().zip(&frames).skip(1) {
+        guest.ask(frame);
+    }
+    assert_eq!(router.receive().len(), 2);
+    for (guest, frame) in guests.iter_mut().zip(&frames).skip(1) {
+        for _ in 0..=ROUTER_BATCH {
+            assert_eq!(guest.sender.send(frame), Sent::Gateway);
+        }
+        guest.sender.flush();
+    }
+    router.with(|end| {
+        let mut batch = RouterBatch::new();
+        let waiting = |end: &RouterEnd<Buffer>| end.waiting().collect::<Vec<_>>();
+        assert_eq!(waiting(end), []);
+        end.look(|_| ());
+        assert_eq!(waiting(end), [1, 2]);
+        for len in [ROUTER_BATCH, 1] {
+            assert!(end.receive_from(2, &mut batch));
+            assert_eq!((batch.len(), batch.get(0).unwrap().0), (len, &frames[2][..]));
+        }
+        assert_eq!(waiting(end), [1]);
+        for nobody in [0, 2, 3, u32::MAX] {
+            assert!(!end.receive_from(nobody, &mut batch), "port {nobody}");
+            assert_eq!(batch.len(), 0);
+        }
+        assert_eq!(end.receive(&mut batch), Some(1));
+        assert_eq!(batch.get(0).unwrap().0, &frames[1][..]);
+        end.give_back(&mut batch);
+    });
+}
+
 /// Goal: a router that sleeps is woken once per batch, one that is awake never, and none sleeps while
 /// something waits.
 #[test]
