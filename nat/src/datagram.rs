@@ -266,7 +266,7 @@ impl<T> Datagrams<T> {
         }
     }
 
-    /// Handles what is due, and the sockets that wait for their turn.
+    /// Handles what is due.
     pub(crate) fn on_time<S: Sockets<Socket = T>>(&mut self, io: &mut Io<'_, S>) {
         while let Some(index) = self.wheel.expired(io.now) {
             let Some(id) = self.flows.at(index) else { continue };
@@ -287,18 +287,32 @@ impl<T> Datagrams<T> {
                 }
             }
         }
-        for _ in 0..self.ready.len() {
-            let Some(id) = self.ready.pop_front() else { break };
-            if let Some(outlet) = self.outlets.get_mut(id) {
-                outlet.queued = false;
-            }
-            self.read(id, true, io);
+    }
+
+    /// A socket that has more to read when it has its turn, and the port of its flows, if they are all of
+    /// one. Give it a turn with [`resume`](Self::resume).
+    pub(crate) fn take_unfinished(&mut self) -> Option<(Option<Port>, FlowId)> {
+        let id = self.ready.pop_front()?;
+        Some((self.port_of(id), id))
+    }
+
+    /// Goes on with a socket that had more to read.
+    pub(crate) fn resume<S: Sockets<Socket = T>>(&mut self, id: FlowId, io: &mut Io<'_, S>) {
+        if let Some(outlet) = self.outlets.get_mut(id) {
+            outlet.queued = false;
         }
     }
 
     /// When [`on_time`](Self::on_time) is next to be called.
     pub(crate) fn deadline(&self, now: u64) -> Option<u64> {
         if !self.ready.is_empty() {
+        self.read(id, true, io);
+    }
+
+    /// The port of a socket's flows. A port forward's may be of several.
+    pub(crate) fn port_of(&self, id: FlowId) -> Option<Port> {
+        let outlet = self.outlets.peek(id)?;
+        outlet.inbound.is_none().then_some(outlet.port)
             return Some(now);
         }
         let retry = (self.retry_at > 0).then_some(self.retry_at);

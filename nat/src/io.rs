@@ -5,6 +5,7 @@ use core::net::{IpAddr, SocketAddr};
 use vmring_core::offload::OffloadHeader;
 
 use crate::config::NatConfig;
+use crate::cost;
 use crate::dns::Dns;
 use crate::icmp::{self, Reason};
 use crate::limits::HOST_ADDRESSES;
@@ -165,6 +166,7 @@ impl<S: Sockets> Io<'_, S> {
         header: &OffloadHeader,
     ) -> Result<(), Full> {
         let sent = self.out.send(port, frame, header);
+        self.ports.spent += cost::frame(frame.len());
         let counter = if sent.is_ok() { Counter::FramesOut } else { Counter::OutputFull };
         self.count(port, counter);
         sent

@@ -24,6 +24,7 @@
 //! - `datagram`: the flows of UDP and ICMP echo
 //! - [`dns`]: queries to the gateway, resolvers, and the names that a network answers for itself
 //! - `forward`: port forwards, through which flows of both come in
+//! - `turns`: whose turn it is, by what each port costs; `cost`: what the calls on sockets cost
 //! - `table`, `wheel`, `buffers`, `ports`: bounded tables, timers, memory and limits, for every
 //!   protocol
 //! - `packet`, `icmp`, `endpoint`: headers, read and written, and addresses; `neighbor`: which address ARP
@@ -77,6 +78,7 @@
 
 mod buffers;
 pub mod config;
+mod cost;
 mod datagram;
 pub mod dns;
 mod endpoint;
@@ -98,6 +100,7 @@ pub mod stats;
 pub mod sys;
 mod table;
 mod tcp;
+mod turns;
 mod wheel;
 
 pub use config::{Limits, NatConfig, PortLimits};

@@ -62,6 +62,31 @@ pub const SOURCES_PER_PORT: usize = 16;
 /// How old what is known of the host's own addresses may be when a flow is opened.
 pub const HOST_ADDRESSES: u64 = 5_000_000;
 
+// What things cost, in units of about 100 ns. See `cost.rs`.
+
+/// A frame of a guest, which is looked at, or one for a guest.
+pub const COST_FRAME: u64 = 3;
+/// A socket that has become ready.
+pub const COST_EVENT: u64 = 2;
+/// A system call on a socket that sends nothing.
+pub const COST_CALL: u64 = 6;
+/// A call that sends bytes of a stream: the packet goes through the host's IP.
+pub const COST_STREAM_CALL: u64 = 30;
+/// Each datagram that is sent.
+pub const COST_DATAGRAM: u64 = 12;
+/// A socket of TCP, from its connection to its end.
+pub const COST_TCP_SOCKET: u64 = 350;
+/// A socket of datagrams, from its opening to its end.
+pub const COST_DATAGRAM_SOCKET: u64 = 150;
+/// A look at the host's addresses or its resolvers.
+pub const COST_HOST_LOOK: u64 = 300;
+/// So many bytes that are copied cost one unit.
+pub const BYTES_PER_UNIT: u64 = 1024;
+/// A turn of a port's sockets ends when it has cost so much: 0.2 ms.
+pub const TURN_COST: u64 = 2000;
+/// A port's debt grows to no more: 100 ms.
+pub const DEBT_MAX: u64 = 1_000_000;
+
 // Memory of our own.
 
 /// After so many bytes to a guest, the socket is asked again what it costs.

@@ -7,6 +7,7 @@ use core::time::Duration;
 use vmring_core::offload::OffloadHeader;
 
 use crate::config::NatConfig;
+use crate::cost::Metered;
 use crate::datagram::{DatagramFlow, Datagrams, Packets};
 use crate::dns::Dns;
 use crate::dns::names::Names;
@@ -14,7 +15,7 @@ use crate::dns::resolvers::Resolvers;
 use crate::forward::{ForwardError, ForwardInfo, ForwardRule, Forwards};
 use crate::icmp::Reason;
 use crate::io::Io;
-use crate::limits::{BATCH, SCRATCH_LEN};
+use crate::limits::{BATCH, COST_EVENT, COST_FRAME, MAX_PORTS, SCRATCH_LEN, TURN_COST};
 use crate::neighbor::used_address;
 use crate::output::{Output, Port};
 use crate::packet::Datagram;
@@ -25,12 +26,16 @@ use crate::ports::Ports;
 use crate::sockets::{Kind, Readiness, Sockets, Token};
 use crate::stats::{Counter, Counters};
 use crate::tcp::{self, Batch, FlowInfo, Tcp};
+use crate::turns::{Due, Turns};
 
 // IP's numbers.
 const ICMP: u8 = 1;
 const TCP: u8 = 6;
 const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
+
+/// Who has the turns of port forwards' sockets, which are no port's of the network.
+const WORLD: Port = Port(MAX_PORTS as u32);
 
 /// A frame of a guest.
 #[derive(Clone, Copy, Debug)]
@@ -66,13 +71,23 @@ struct Flows<'a, T> {
 /// never goes back, and tells it of frames, of sockets that are ready, of ports that take frames
 /// again, and of the time that it asked for.
 ///
+/// # Turns
+///
+/// A caller that serves several ports asks whose turn it is: [`next_port`](Self::next_port), with the ports
+/// whose frames wait. It then calls [`on_turn`](Self::on_turn) and gives the translator a batch of that
+/// port's frames. What is ready it tells by [`note_ready`](Self::note_ready), and the time by
+/// [`on_timers`](Self::on_timers). So each port that has work gets an equal share of the translator's
+/// time, by what the work costs. A caller with one port may call [`on_ready`](Self::on_ready) and
+/// [`on_time`](Self::on_time) instead, which do everything at once.
+///
 /// See the [crate] for an example.
 pub struct Nat<S: Sockets> {
     // The flows first: dropping them closes their sockets, of which `sockets` may keep a list.
     tcp: Tcp<S::Socket>,
     datagrams: Datagrams<S::Socket>,
     forwards: Forwards<S::Socket>,
-    sockets: S,
+    sockets: Metered<S>,
+    turns: Turns,
     shared: Shared,
 }
 
@@ -81,7 +96,7 @@ impl<S: Sockets + fmt::Debug> fmt::Debug for Nat<S> {
         let (tcp_flows, tcp_sockets) = self.tcp.usage();
         let (datagram_flows, datagram_sockets) = self.datagrams.usage();
         f.debug_struct("Nat")
-            .field("sockets", &self.sockets)
+            .field("sockets", &self.sockets.sockets)
             .field("tcp_flows", &tcp_flows)
             .field("datagram_flows", &datagram_flows)
             .field("descriptors", &(tcp_sockets + datagram_sockets + self.forwards.descriptors()))
@@ -119,7 +134,8 @@ impl<S: Sockets> Nat<S> {
         let most = config.limits.dns_pending;
         let dns = Dns::new(subnets, config.resolvers.clone(), most, micros(now));
         let shared = Shared { policy, sources, addresses_at: 0, dns, config, ports, scratch };
-        Self { tcp, datagrams, forwards: Forwards::new(), sockets, shared }
+        let (sockets, turns) = (Metered::new(sockets), Turns::default());
+        Self { tcp, datagrams, forwards: Forwards::new(), sockets, turns, shared }
     }
 
     /// The flows, and what they need.
@@ -127,7 +143,7 @@ impl<S: Sockets> Nat<S> {
         &'a mut self,
         now: Duration,
         out: &'a mut dyn Output,
-    ) -> (Flows<'a, S::Socket>, Io<'a, S>) {
+    ) -> (Flows<'a, S::Socket>, Io<'a, Metered<S>>) {
         let Shared { policy, sources, addresses_at, dns, config, ports, scratch } =
             &mut self.shared;
         let sockets = &mut self.sockets;
@@ -155,8 +171,10 @@ impl<S: Sockets> Nat<S> {
         now: Duration,
         out: &mut dyn Output,
     ) {
+        let before = self.cost();
         let (Flows { tcp, datagrams, .. }, mut io) = self.parts(now, out);
         for frames in frames.chunks(BATCH) {
+            io.ports.spent += COST_FRAME * frames.len() as u64;
             io.ports.count_n(port, Counter::Frames, frames.len() as u64);
             let (mut batch, mut packets) = (Batch::new(), Packets::new());
             for frame in frames {
@@ -168,9 +186,81 @@ impl<S: Sockets> Nat<S> {
             io.ports.tcp_descriptors = tcp.usage().1;
             datagrams.handle(&packets, &mut io);
         }
+        self.turns.charge(port, self.cost() - before);
     }
 
-    /// Handles a socket that has become ready. A token of a socket that is gone is ignored.
+    /// What everything has cost, in units of the table of prices ([`limits`](crate::limits)). It only
+    /// grows.
+    pub fn cost(&self) -> u64 {
+        self.sockets.spent + self.shared.ports.spent
+    }
+
+    /// The port whose turn it is, of those that have something to do: `waiting` are the ports with frames
+    /// for the translator, and those to whose sockets something is due come on top. It is the one that
+    /// has cost least. `None` if there is none.
+    ///
+    /// Sockets that belong to no port of the network, such as a port forward's, have turns too. Then this
+    /// is a number that no port has.
+    pub fn next_port(&mut self, waiting: impl Iterator<Item = Port>) -> Option<Port> {
+        while let Some((port, id)) = self.tcp.take_unfinished() {
+            let due = Due { readiness: None, unfinished: true };
+            self.turns.add(port, Token::new(Kind::Tcp, id), due);
+        }
+        while let Some((port, id)) = self.datagrams.take_unfinished() {
+            let due = Due { readiness: None, unfinished: true };
+            self.turns.add(port.unwrap_or(WORLD), Token::new(Kind::Datagrams, id), due);
+        }
+        self.turns.next(waiting)
+    }
+
+    /// Notes that a socket has become ready. It has its turn with its port.
+    pub fn note_ready(&mut self, token: Token, readiness: Readiness) {
+        let due = Due { readiness: Some(readiness), unfinished: false };
+        self.turns.add(self.port_of(token), token, due);
+    }
+
+    /// Whether something is due to a socket: it is somebody's turn.
+    pub fn has_due(&self) -> bool {
+        self.turns.due() > 0
+    }
+
+    /// Handles sockets of the port that has the turn, until they are all served or the turn has cost
+    /// enough.
+    pub fn on_turn(&mut self, port: Port, now: Duration, out: &mut dyn Output) {
+        let before = self.cost();
+        while self.cost() - before < TURN_COST && self.serve(port, now, out) {}
+    }
+
+    /// Handles one socket of a port, if something is due to one.
+    fn serve(&mut self, port: Port, now: Duration, out: &mut dyn Output) -> bool {
+        let Some((token, due)) = self.turns.take(port) else { return false };
+        if let Some(readiness) = due.readiness {
+            self.on_ready(token, readiness, now, out);
+        }
+        if due.unfinished {
+            let before = self.cost();
+            let (Flows { tcp, datagrams, .. }, mut io) = self.parts(now, out);
+            match token.split() {
+                Some((Kind::Tcp, id)) => tcp.resume(id, &mut io),
+                Some((Kind::Datagrams, id)) => datagrams.resume(id, &mut io),
+                _ => {}
+            }
+            self.turns.charge(port, self.cost() - before);
+        }
+        true
+    }
+
+    /// The port of a socket's flows.
+    fn port_of(&self, token: Token) -> Port {
+        let port = match token.split() {
+            Some((Kind::Tcp, id)) => self.tcp.port_of(id),
+            Some((Kind::Datagrams, id)) => self.datagrams.port_of(id),
+            _ => None,
+        };
+        port.unwrap_or(WORLD)
+    }
+
+    /// Handles a socket that has become ready, at once. A token of a socket that is gone is ignored.
     pub fn on_ready(
         &mut self,
         token: Token,
@@ -178,30 +268,57 @@ impl<S: Sockets> Nat<S> {
         now: Duration,
         out: &mut dyn Output,
     ) {
+        let (port, before) = (self.port_of(token), self.cost());
         let (Flows { tcp, datagrams, forwards }, mut io) = self.parts(now, out);
+        io.ports.spent += COST_EVENT;
         match token.split() {
             Some((Kind::Tcp, id)) => tcp.on_ready(id, readiness, &mut io),
             Some((Kind::Datagrams, id)) => datagrams.on_ready(id, readiness, &mut io),
             Some((Kind::Forward, id)) => forwards.on_ready(id, tcp, &mut io),
             None => {}
         }
+        self.turns.charge(port, self.cost() - before);
     }
 
     /// Says that a port takes frames again, after it has refused one.
     pub fn on_space(&mut self, port: Port, now: Duration, out: &mut dyn Output) {
+        let before = self.cost();
         let (Flows { tcp, datagrams, .. }, mut io) = self.parts(now, out);
         tcp.on_space(port, &mut io);
         datagrams.on_space(port, &mut io);
+        self.turns.charge(port, self.cost() - before);
     }
 
     /// Handles what is due, and returns the time of the next call: at once if it is not later than
     /// `now`, or none if nothing is to come. Call it after each round of the other calls.
     pub fn on_time(&mut self, now: Duration, out: &mut dyn Output) -> Option<Duration> {
+        self.on_timers(now, out);
+        let mut turn = self.next_port(core::iter::empty());
+        // What is due again after its turn waits for the next call.
+        for _ in 0..self.turns.due() {
+            let Some(port) = turn else { break };
+            self.serve(port, now, out);
+            turn = self.next_port(core::iter::empty());
+        }
+        self.deadline(now)
+    }
+
+    /// [`on_time`](Self::on_time) without the sockets that wait for their turn.
+    pub fn on_timers(&mut self, now: Duration, out: &mut dyn Output) -> Option<Duration> {
         let (Flows { tcp, datagrams, forwards }, mut io) = self.parts(now, out);
         tcp.on_time(&mut io);
         datagrams.on_time(&mut io);
         forwards.on_time(tcp, &mut io);
-        let deadlines = [tcp.deadline(io.now), datagrams.deadline(io.now), forwards.deadline()];
+        self.deadline(now)
+    }
+
+    /// When [`on_timers`](Self::on_timers) is next to be called, or somebody has a turn.
+    fn deadline(&self, now: Duration) -> Option<Duration> {
+        if self.turns.due() > 0 {
+            return Some(now);
+        }
+        let (now, forwards) = (micros(now), self.forwards.deadline());
+        let deadlines = [self.tcp.deadline(now), self.datagrams.deadline(now), forwards];
         deadlines.into_iter().flatten().min().map(Duration::from_micros)
     }
 
@@ -236,6 +353,7 @@ impl<S: Sockets> Nat<S> {
         io.ports.forget(port);
         io.dns.port_left(port);
         io.sources.port_left(port);
+        self.turns.forget(port);
     }
 
     /// Forwards a port of the host to a guest, or a range of ports: all of them or none. Returns the
@@ -410,7 +528,7 @@ impl<S: Sockets> Nat<S> {
 
     /// The sockets.
     pub fn sockets(&mut self) -> &mut S {
-        &mut self.sockets
+        &mut self.sockets.sockets
     }
 }
 

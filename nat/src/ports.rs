@@ -95,6 +95,8 @@ pub(crate) struct Ports {
     /// How many sockets the others have.
     pub(crate) other_descriptors: usize,
     new_flows: Bucket,
+    /// What frames have cost, from guests and for them, in units of the table of prices.
+    pub(crate) spent: u64,
 }
 
 impl Ports {
@@ -111,6 +113,7 @@ impl Ports {
             tcp_descriptors: 0,
             other_descriptors: 0,
             new_flows,
+            spent: 0,
         }
     }
 

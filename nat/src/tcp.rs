@@ -536,7 +536,7 @@ impl<T> Tcp<T> {
         }
     }
 
-    /// Handles what is due, and the flows that wait for their turn.
+    /// Handles what is due.
     pub(crate) fn on_time<S: Sockets<Socket = T>>(&mut self, io: &mut Io<'_, S>) {
         while let Some(index) = self.wheel.expired(io.now) {
             let Some(id) = self.flows.at(index) else { continue };
@@ -545,13 +545,30 @@ impl<T> Tcp<T> {
                 flow.on_time(io, memory);
             });
         }
-        for _ in 0..self.ready.len() {
-            let Some(id) = self.ready.pop_front() else { break };
-            self.with(id, io, |flow, io, memory| {
-                flow.queued = false;
-                flow.finish(&Run::new(), io, memory);
-            });
+    }
+
+    /// A flow that has more to do when it has its turn, and its port. Give it one with
+    /// [`resume`](Self::resume).
+    pub(crate) fn take_unfinished(&mut self) -> Option<(Port, FlowId)> {
+        while let Some(id) = self.ready.pop_front() {
+            if let Some(port) = self.port_of(id) {
+                return Some((port, id));
+            }
         }
+        None
+    }
+
+    /// Goes on with a flow that had more to do.
+    pub(crate) fn resume<S: Sockets<Socket = T>>(&mut self, id: FlowId, io: &mut Io<'_, S>) {
+        self.with(id, io, |flow, io, memory| {
+            flow.queued = false;
+            flow.finish(&Run::new(), io, memory);
+        });
+    }
+
+    /// The port of a flow, if there is such a flow.
+    pub(crate) fn port_of(&self, id: FlowId) -> Option<Port> {
+        self.flows.peek(id).map(|flow| flow.key.port)
     }
 
     /// When [`on_time`](Self::on_time) is next to be called.

@@ -13,3 +13,4 @@ mod real_route;
 mod smoltcp_guest;
 mod support;
 mod tcp;
+mod turns;

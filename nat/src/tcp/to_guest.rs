@@ -7,6 +7,7 @@ use std::io::IoSliceMut;
 
 use vmring_embedded::software;
 
+use crate::cost;
 use crate::io::Io;
 use crate::limits::{FRAMES_AT_ONCE, IDLE_TIMEOUT, REFUSED_LOOK, RETRANSMITS, SCRATCH_LEN, TURNS};
 use crate::output::Link;
@@ -180,6 +181,7 @@ impl<T> Flow<T> {
                 break;
             }
             io.count(port, Counter::FramesOut);
+            io.ports.spent += cost::frame(len);
             self.ack_due = false;
             done += data;
             self.snd_nxt = self.snd_nxt.add(data as u32);
