@@ -125,6 +125,9 @@ pub const CONNECT_TIMEOUT: u64 = 30_000_000;
 /// How long a segment to a guest may stay without an answer, the first time. A guest's delayed
 /// acknowledgment takes 40 to 200 ms.
 pub const RETRANSMIT_FIRST: u64 = 400_000;
+/// How long several segments to a guest may stay without an answer before the last one is sent again, once
+/// (RFC 8985, 7). Twice the time that a busy guest takes, about.
+pub const TAIL_PROBE: u64 = 20_000;
 /// The same for SYN and SYN,ACK (RFC 6298, 2.1).
 pub const HANDSHAKE_FIRST: u64 = 1_000_000;
 /// The longest time between two attempts.

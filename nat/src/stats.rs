@@ -192,6 +192,9 @@ counters! {
     FastRetransmit,
     /// Data was sent to a guest again because it was not acknowledged in time.
     TimeoutRetransmit,
+    /// The last segment was sent to a guest again soon, to find out whether acknowledgments or the segments
+    /// at the end were lost.
+    TailProbe,
     /// Data was sent to a guest again because it closed or shrank its window.
     WindowRewind,
     /// A guest with a closed window was asked whether it is still closed.

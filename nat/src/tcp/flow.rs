@@ -10,7 +10,8 @@ use crate::dns::stream::Stream;
 use crate::endpoint::Endpoint;
 use crate::io::Io;
 use crate::limits::{
-    MAX_WINDOW_SHIFT, MIN_MSS, PROBE_AFTER, RETRANSMIT_FIRST, RETRANSMIT_MAX, WINDOW_SHIFT,
+    MAX_WINDOW_SHIFT, MIN_MSS, PROBE_AFTER, RETRANSMIT_FIRST, RETRANSMIT_MAX, TAIL_PROBE,
+    WINDOW_SHIFT,
 };
 use crate::output::{Full, Link, Port};
 use crate::packet::Addresses;
@@ -97,6 +98,8 @@ pub(crate) struct Flow<T> {
     /// here may be about the duplicates (RFC 6582, 3.2).
     pub(crate) recover: Seq,
     pub(crate) dup_acks: u32,
+    /// The last segment was sent again, and nothing has been acknowledged since.
+    pub(crate) probed: bool,
     pub(crate) mss: u16,
     /// The guest's windows are in units of 2 to this power.
     pub(crate) snd_shift: u8,
@@ -209,6 +212,7 @@ impl<T> Flow<T> {
             wl2: Seq(0),
             recover: Seq(0),
             dup_acks: 0,
+            probed: false,
             mss: MIN_MSS,
             snd_shift: 0,
             rcv_shift: 0,
@@ -301,7 +305,19 @@ impl<T> Flow<T> {
 
     /// Sets the timer for an answer to what was sent.
     pub(crate) fn expect_answer(&mut self, now: u64) {
-        self.retry_at = now + (RETRANSMIT_FIRST << self.backoff.min(16)).min(RETRANSMIT_MAX);
+        let again = (RETRANSMIT_FIRST << self.backoff.min(16)).min(RETRANSMIT_MAX);
+        self.retry_at = now + if self.may_probe_tail() { TAIL_PROBE } else { again };
+    }
+
+    /// Whether the last segment may be sent again, to find out whether acknowledgments were lost, or the
+    /// segments at the end (RFC 8985, 7). A guest acknowledges every second segment at once (RFC 5681,
+    /// 4.2), so it does not delay the answer to three.
+    pub(crate) fn may_probe_tail(&self) -> bool {
+        self.phase == Phase::Open
+            && !self.probed
+            && self.backoff == 0
+            && self.fin.is_none()
+            && self.snd_max.since(self.snd_una) > 2 * u32::from(self.mss)
     }
 
     /// Whether the guest has acknowledged FIN.

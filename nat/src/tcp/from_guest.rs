@@ -207,7 +207,8 @@ impl<T> Flow<T> {
             io.ports.count_n(port, Counter::TcpBytesReceived, bytes.into());
             self.snd_una = ack;
             self.snd_nxt = self.snd_nxt.max(ack);
-            (self.attempts, self.backoff, self.dup_acks, self.slow) = (0, 0, 0, false);
+            (self.attempts, self.backoff, self.dup_acks) = (0, 0, 0);
+            (self.slow, self.probed) = (false, false);
             if self.snd_una == self.snd_max {
                 self.retry_at = 0;
             } else {
@@ -251,7 +252,9 @@ impl<T> Flow<T> {
         self.dup_acks += 1;
         let frame = self.frame_len(&io.out.link(self.key.port)).max(1);
         let on_their_way = self.snd_max.since(self.snd_una).div_ceil(frame);
-        let enough = on_their_way.saturating_sub(1).min(DUPLICATE_ACKS);
+        // The answer to a probe comes behind the answers to everything that was sent before it.
+        let most = if self.probed { 1 } else { DUPLICATE_ACKS };
+        let enough = on_their_way.saturating_sub(1).min(most);
         // At or before `recover` it may be about a duplicate (RFC 6582, 3.2).
         if enough > 0 && self.dup_acks == enough && self.snd_una.after(self.recover) {
             io.count(self.key.port, Counter::FastRetransmit);

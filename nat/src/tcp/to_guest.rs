@@ -351,6 +351,13 @@ impl<T> Flow<T> {
         if !self.has_more() && self.snd_una == self.snd_max {
             return;
         }
+        if self.may_probe_tail() && self.snd_wnd > 0 && self.snd_nxt == self.snd_max {
+            io.count(self.key.port, Counter::TailProbe);
+            self.probed = true;
+            self.snd_nxt = self.snd_max.sub(u32::from(self.mss));
+            self.expect_answer(io.now);
+            return self.finish(&Run::new(), io, memory);
+        }
         if self.attempts >= RETRANSMITS {
             io.count(self.key.port, Counter::GuestSilent);
             return self.reset_guest(io, memory, Ending::Reset);

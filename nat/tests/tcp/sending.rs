@@ -220,6 +220,68 @@ fn a_timeout_rewinds() {
     });
 }
 
+/// Goal: if the last acknowledgments are lost, or the last segments, that is found out soon: the last segment is
+/// sent again, once, and its answer tells which of both it was (RFC 8985, 7).
+#[test]
+fn a_lost_tail_is_found_out_soon() {
+    each_way(|script| {
+        script.open().run(
+            "
+            // The acknowledgments are lost.
+            peer writes 4000
+            > . 1:1001 ack 1
+            > . 1001:2001 ack 1
+            > . 2001:3001 ack 1
+            > . 3001:4001 ack 1
+            wait 10
+            nothing
+            wait 20
+            > . 3001:4001 ack 1
+            < . 1 ack 4001 win 512
+            count TailProbe 1
+            count TimeoutRetransmit 0
+            // The last three segments are lost.
+            peer writes 4000
+            > . 4001:5001 ack 1
+            > . 5001:6001 ack 1
+            > . 6001:7001 ack 1
+            > . 7001:8001 ack 1
+            < . 1 ack 5001 win 512
+            wait 30
+            > . 7001:8001 ack 1
+            < . 1 ack 5001 win 512
+            > . 5001:6001 ack 1
+            > . 6001:7001 ack 1
+            > . 7001:8001 ack 1
+            count FastRetransmit 1
+            < . 1 ack 8001 win 512
+            // A guest may delay the answer to two.
+            peer writes 2000
+            > . 8001:9001 ack 1
+            > . 9001:10001 ack 1
+            wait 200
+            nothing
+            < . 1 ack 10001 win 512
+            // Nobody answers.
+            peer writes 3000
+            > . 10001:11001 ack 1
+            > . 11001:12001 ack 1
+            > . 12001:13001 ack 1
+            wait 30
+            > . 12001:13001 ack 1
+            wait 380
+            nothing
+            wait 40
+            > . 10001:11001 ack 1
+            nothing
+            count TailProbe 3
+            count TimeoutRetransmit 1
+            < . 1 ack 13001 win 512
+            ",
+        );
+    });
+}
+
 /// T13: a frame that the port does not take counts as never sent, and it is sent when the port takes
 /// it. No timer of a retransmission runs for it.
 #[test]
