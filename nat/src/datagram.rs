@@ -174,9 +174,12 @@ impl<T> Datagrams<T> {
         // A resolver has no use for it, and the system's choice is harder to guess.
         let kept = key.guest.port();
         let ports = [kept, 0];
-        let is_kept = kept >= KEPT_PORT_MIN && !io.config.is_dns(key.remote);
+        // A socket of another flow may have it. Then an attempt is a socket opened in vain, for each of the
+        // flows from one port of a guest to many peers.
+        let is_free = !self.kept_ports.contains(&(to.is_ipv4(), kept));
+        let is_kept = is_free && kept >= KEPT_PORT_MIN && !io.config.is_dns(key.remote);
         let ports = if is_kept { &ports[..] } else { &ports[1..] };
-        let mut result = Err(SocketError::NoPort);
+        let (mut result, mut kept_port) = (Err(SocketError::NoPort), None);
         for &port in ports {
             result = if key.protocol == Protocol::IcmpEcho {
                 io.sockets.connect_echo(to.ip(), token)
@@ -190,6 +193,7 @@ impl<T> Datagrams<T> {
                 io.sockets.connect_udp(port, to, token)
             };
             if !matches!(result, Err(SocketError::NoPort | SocketError::NoAddress)) {
+                kept_port = (port != 0 && key.protocol != Protocol::IcmpEcho).then_some(port);
                 break;
             }
         }
@@ -200,7 +204,8 @@ impl<T> Datagrams<T> {
             io.count(key.port, Counter::SmallBuffers);
             io.sockets.set_datagram_buffers(&socket, SMALL_SOCKET_BUFFER);
         }
-        let outlet = Outlet::new(outlet_key, socket, key.port, to.is_ipv4());
+        let mut outlet = Outlet::new(outlet_key, socket, key.port, to.is_ipv4());
+        outlet.kept_port = kept_port;
         Ok(self.insert_outlet(outlet, io))
     }
 
@@ -301,11 +306,6 @@ impl<T> Datagrams<T> {
         if let Some(outlet) = self.outlets.get_mut(id) {
             outlet.queued = false;
         }
-    }
-
-    /// When [`on_time`](Self::on_time) is next to be called.
-    pub(crate) fn deadline(&self, now: u64) -> Option<u64> {
-        if !self.ready.is_empty() {
         self.read(id, true, io);
     }
 
@@ -313,6 +313,11 @@ impl<T> Datagrams<T> {
     pub(crate) fn port_of(&self, id: FlowId) -> Option<Port> {
         let outlet = self.outlets.peek(id)?;
         outlet.inbound.is_none().then_some(outlet.port)
+    }
+
+    /// When [`on_time`](Self::on_time) is next to be called.
+    pub(crate) fn deadline(&self, now: u64) -> Option<u64> {
+        if !self.ready.is_empty() {
             return Some(now);
         }
         let retry = (self.retry_at > 0).then_some(self.retry_at);

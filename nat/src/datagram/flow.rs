@@ -158,6 +158,8 @@ pub(crate) struct Outlet<T> {
     pub(crate) ip_fields: Option<(u8, u8)>,
     /// Whether it refuses several datagrams at once.
     pub(crate) no_segments: bool,
+    /// The port that it has on the host because it is its guest's.
+    pub(crate) kept_port: Option<u16>,
     /// How many flows go through it.
     pub(crate) flows: usize,
     /// Where new flows of a port forward go.
@@ -176,6 +178,7 @@ impl<T> Outlet<T> {
             v4,
             ip_fields: None,
             no_segments: false,
+            kept_port: None,
             flows: 0,
             inbound: None,
             waiting: false,

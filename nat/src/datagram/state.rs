@@ -1,7 +1,7 @@
 //! The tables of flows and sockets of datagrams, and who makes way for whom.
 
 use core::net::SocketAddr;
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 
 use crate::datagram::flow::{Flow, Inbound, Key, Outlet, OutletKey, Young};
 use crate::io::Io;
@@ -34,6 +34,8 @@ pub(crate) struct Datagrams<T> {
     pub(crate) counts: [usize; 2],
     /// Sockets that have more to read when others have had their turn.
     pub(crate) ready: VecDeque<FlowId>,
+    /// Ports of the host that these sockets have because they are their guests', over IPv4 or over IPv6.
+    pub(crate) kept_ports: HashSet<(bool, u16)>,
     /// When the sockets that wait for a port are read even if nobody says that it takes frames. 0 is
     /// never.
     pub(crate) retry_at: u64,
@@ -62,6 +64,7 @@ impl<T> Datagrams<T> {
             ports: Vec::new(),
             counts: [0; 2],
             ready: VecDeque::new(),
+            kept_ports: HashSet::new(),
             retry_at: 0,
             buffer: Vec::new(),
             capabilities,
@@ -138,9 +141,12 @@ impl<T> Datagrams<T> {
         outlet: Outlet<T>,
         io: &mut Io<'_, S>,
     ) -> FlowId {
-        let port = outlet.port;
+        let (port, kept) = (outlet.port, outlet.kept_port.map(|port| (outlet.v4, port)));
         let Ok(id) = self.outlets.insert(outlet) else { unreachable!("the table has no limit") };
         io.ports.other_descriptors += 1;
+        if let Some((v4, port)) = kept {
+            self.kept_ports.insert((v4, port));
+        }
         if self.buffer.is_empty() {
             self.buffer = vec![0; MESSAGES * MESSAGE_LEN + HEADROOM];
         }
@@ -213,6 +219,9 @@ impl<T> Datagrams<T> {
     pub(crate) fn close_outlet<S: Sockets<Socket = T>>(&mut self, id: FlowId, io: &mut Io<'_, S>) {
         let Some(outlet) = self.outlets.remove(id) else { return };
         io.ports.other_descriptors -= 1;
+        if let Some(port) = outlet.kept_port {
+            self.kept_ports.remove(&(outlet.v4, port));
+        }
         if outlet.waiting {
             self.port(outlet.port).waiting.retain(|&other| other != id);
         }
