@@ -415,7 +415,7 @@ fn the_router_chooses_whose_frames_it_takes() {
         let mut batch = RouterBatch::new();
         let waiting = |end: &RouterEnd<Buffer>| end.waiting().collect::<Vec<_>>();
         assert_eq!(waiting(end), []);
-        end.look(|_| ());
+        end.look(|_, _| ());
         assert_eq!(waiting(end), [1, 2]);
         for len in [ROUTER_BATCH, 1] {
             assert!(end.receive_from(2, &mut batch));

@@ -5,8 +5,9 @@ use std::time::Duration;
 
 /// How many sockets that are ready are looked at before guests have their turn.
 pub(super) const EVENTS: usize = 256;
-/// How many batches of guests' frames are translated before sockets have their turn.
-pub(super) const BATCHES: usize = 32;
+/// What the turns of ports may cost before it is looked again who has frames and which sockets are ready, in
+/// units of the translator's prices: 0.5 ms.
+pub(super) const ROUND_COST: u64 = 5000;
 /// How soon a port that took no frame is asked again whether it does. Each further look takes twice as
 /// long.
 pub(super) const LOOK_FIRST: Duration = Duration::from_millis(1);

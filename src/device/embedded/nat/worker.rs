@@ -16,7 +16,7 @@ use vmring_nat::{
 
 use super::guests::{Directory, Guests};
 use super::ipv6::Discovery;
-use super::limits::{BATCHES, EVENTS};
+use super::limits::{EVENTS, ROUND_COST};
 use super::settings::NatSettings;
 use crate::device::slot::PostedSlot;
 use crate::sync::{AtomicBool, Mutex, Ordering};
@@ -189,13 +189,13 @@ pub(super) fn run(
         let now = directory.now();
         forget_ports(&mut nat, &mut guests, &mut names_told, now);
         directory.follow(&guests, &mut nat, &mut names_told, now);
-        take_turn(&mut nat, &mut guests, &mut batch, now);
+        take_turns(&mut nat, &mut guests, &mut batch, now);
         discovery.turn(&mut nat, &mut guests, directory, now);
         for command in commands.take() {
             obey(command, &mut nat, &mut guests, now);
         }
         guests.look_for_space(&mut nat, now);
-        let due = nat.on_time(now, &mut guests);
+        let due = nat.on_timers(now, &mut guests);
         guests.end.flush();
         let next = [guests.next_look(now), due, discovery.next()].into_iter().flatten().min();
         let mut timeout = next.map(|next| next.saturating_sub(now));
@@ -208,9 +208,8 @@ pub(super) fn run(
             std::thread::sleep(Duration::from_millis(1));
         }
         guests.end.disarm();
-        let now = directory.now();
         for (token, readiness) in events.iter() {
-            nat.on_ready(token, readiness, now, &mut guests);
+            nat.note_ready(token, readiness);
         }
     }
     nat.close(directory.now(), &mut guests);
@@ -230,17 +229,24 @@ fn forget_ports(nat: &mut Nat<Host>, guests: &mut Guests, names_told: &mut u64, 
     }
 }
 
-/// Translates what guests have sent, a batch of each in turn.
-fn take_turn(nat: &mut Nat<Host>, guests: &mut Guests, batch: &mut RouterBatch, now: Duration) {
-    for _ in 0..BATCHES {
-        let Some(port) = guests.end.receive(batch) else { break };
-        let nothing: (&[u8], OffloadHeader) = (&[], OffloadHeader::NONE);
-        let frames: [GuestFrame<'_>; ROUTER_BATCH] = std::array::from_fn(|index| {
-            let (bytes, header) = batch.get(index).unwrap_or(nothing);
-            GuestFrame { bytes, header }
-        });
-        nat.sources().set_generation(Port(port), batch.generation());
-        nat.from_guest(Port(port), &frames[..batch.len()], now, guests);
+/// Gives ports their turns: to a batch of what their guests have sent, and to their sockets that are
+/// ready. The port that has cost least is the next, until everybody is served or it is time to look again.
+fn take_turns(nat: &mut Nat<Host>, guests: &mut Guests, batch: &mut RouterBatch, now: Duration) {
+    let before = nat.cost();
+    while nat.cost() - before < ROUND_COST
+        && let Some(port) = nat.next_port(guests.end.waiting().map(Port))
+    {
+        // Frames first: an acknowledgment makes room for what a socket has.
+        if guests.end.receive_from(port.0, batch) {
+            let nothing: (&[u8], OffloadHeader) = (&[], OffloadHeader::NONE);
+            let frames: [GuestFrame<'_>; ROUTER_BATCH] = std::array::from_fn(|index| {
+                let (bytes, header) = batch.get(index).unwrap_or(nothing);
+                GuestFrame { bytes, header }
+            });
+            nat.sources().set_generation(port, batch.generation());
+            nat.from_guest(port, &frames[..batch.len()], now, guests);
+        }
+        nat.on_turn(port, now, guests);
     }
     guests.end.give_back(batch);
 }
