@@ -11,7 +11,7 @@ use vmring::{
 };
 
 use super::direction::{BridgeDirection, READ};
-use super::limits::{END_TIMEOUT, STOP_TIMEOUT};
+use super::limits::{END_TIMEOUT, STALL, STOP_TIMEOUT};
 use super::spec::{End, InSoftware};
 use crate::failure::Failure;
 use crate::recording::Recording;
@@ -75,7 +75,7 @@ impl Bridge {
         // other writes it.
         let ring = |i: usize| {
             let ring = interfaces[i].ring(Direction::Both).pool(&pool);
-            let ring = ring.read_depth(reads[i]).write_depth(reads[1 - i]);
+            let ring = ring.read_depth(reads[i]).write_depth(reads[1 - i]).retry(STALL);
             ring.drive(Drive::Inline).build()
         };
         let rings = [ring(0)?, ring(1)?];
