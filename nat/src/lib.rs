@@ -27,8 +27,8 @@
 //! - `turns`: whose turn it is, by what each port costs; `cost`: what the calls on sockets cost
 //! - `table`, `wheel`, `buffers`, `ports`: bounded tables, timers, memory and limits, for every
 //!   protocol
-//! - `packet`, `icmp`, `endpoint`: headers, read and written, and addresses; `neighbor`: which address ARP
-//!   and neighbour discovery say that a guest uses; `io`: what each protocol works with
+//! - `packet`, `icmp`, `endpoint`: headers, read and written, and addresses; `io`: what each protocol
+//!   works with
 //!
 //! The other part is [`sys`]: real sockets, over epoll on Linux and kqueue on macOS.
 //!
@@ -87,7 +87,6 @@ mod icmp;
 mod io;
 pub mod limits;
 pub mod nat;
-mod neighbor;
 pub mod output;
 mod packet;
 pub mod policy;

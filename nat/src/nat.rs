@@ -16,7 +16,6 @@ use crate::forward::{ForwardError, ForwardInfo, ForwardRule, Forwards};
 use crate::icmp::Reason;
 use crate::io::Io;
 use crate::limits::{BATCH, COST_EVENT, COST_FRAME, MAX_PORTS, SCRATCH_LEN, TURN_COST};
-use crate::neighbor::used_address;
 use crate::output::{Output, Port};
 use crate::packet::Datagram;
 use crate::policy::rules::PolicyRules;
@@ -427,26 +426,8 @@ impl<S: Sockets> Nat<S> {
         datagrams.close(None, &mut io);
     }
 
-    /// Learns from what a guest says to its neighbours which address it uses: from ARP, and from
-    /// neighbour discovery. So the guest is reached at an address from which it has not sent a packet yet,
-    /// and nobody else gets the address. Other frames are ignored, and so are addresses outside the
-    /// subnets. What the guest may not use is counted, as if it had sent from there.
-    ///
-    /// # Panics
-    ///
-    /// If the port's number is not less than [`MAX_PORTS`](crate::limits::MAX_PORTS).
-    pub fn learn(&mut self, port: Port, frame: &[u8], now: Duration) {
-        let Shared { sources, ports, .. } = &mut self.shared;
-        if let Some((mac, address)) = used_address(frame)
-            && sources.is_inside(address)
-            && let Err(why) = sources.check(port, mac, address, micros(now))
-        {
-            ports.count_n(port, why, 1);
-        }
-    }
-
-    /// Which guest each address belongs to. Tell it of leases and reservations;
-    /// [`learn`](Self::learn) tells it of ARP and neighbour discovery.
+    /// Which guest each address belongs to. Tell it of leases and reservations, and by
+    /// [`check`](Sources::check) of what guests say of their addresses in ARP and neighbour discovery.
     pub fn sources(&mut self) -> &mut Sources {
         &mut self.shared.sources
     }

@@ -128,7 +128,7 @@ impl<'f> Datagram<'f> {
 /// # Errors
 ///
 /// Why the frame is not read.
-pub(crate) fn network_layer(frame: &[u8]) -> Result<([u8; 6], EthernetProtocol, &[u8]), Counter> {
+fn network_layer(frame: &[u8]) -> Result<([u8; 6], EthernetProtocol, &[u8]), Counter> {
     let ethernet = EthernetFrame::new_checked(frame).map_err(|_| Counter::Malformed)?;
     let mut ethertype = u16::from(ethernet.ethertype());
     let mut payload = &frame[ETHERNET_HEADER_LEN..];

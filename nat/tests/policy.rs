@@ -1,14 +1,13 @@
 //! Policy at the translator: whose address it is, and what of the host is reached.
 
-use std::net::{Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use smoltcp::wire::IpProtocol;
 use vmring_core::offload::OffloadHeader;
 use vmring_nat::{Counter, GuestFrame, Port, SocketError};
 
 use crate::support::port::{GUEST_MAC, Net, config, plain_link};
-use crate::support::script::{Segment, ip_frame};
+use crate::support::script::Segment;
 
 fn syn(net: &mut Net, port: u32, mac: [u8; 6], from: &str, to: &str) {
     let (from, to): (SocketAddr, SocketAddr) = (from.parse().unwrap(), to.parse().unwrap());
@@ -43,77 +42,6 @@ fn an_address_is_the_first_users_until_a_lease_says_otherwise() {
         syn(&mut net, 0, GUEST_MAC, &a.replace(":1", ":2"), to);
         assert_eq!((net.kernel.open(), counted(&net, Counter::SourceReserved)), (2, 1));
     }
-}
-
-/// A frame of a guest's neighbour discovery: a solicitation or an advertisement.
-fn neighbor(mac: [u8; 6], kind: u8, from: &str, target: &str, hop_limit: u8) -> Vec<u8> {
-    let parse = |text: &str| text.parse::<Ipv6Addr>().unwrap();
-    let to = parse("ff02::1");
-    let body = [&[kind, 0, 0, 0, 0, 0, 0, 0][..], &parse(target).octets()].concat();
-    let mut frame = ip_frame(parse(from).into(), to.into(), IpProtocol::Icmpv6, &body);
-    frame[6..12].copy_from_slice(&mac);
-    frame[21] = hop_limit;
-    frame
-}
-
-/// A frame of a guest's ARP.
-fn arp(mac: [u8; 6], named: [u8; 6], sender: [u8; 4]) -> Vec<u8> {
-    let mut frame =
-        [&[0xff; 6][..], &mac, &[8, 6, 0, 1, 8, 0, 6, 4, 0, 1], &named, &sender].concat();
-    frame.resize(60, 0);
-    frame
-}
-
-/// Goal: a guest that has said nothing but who it is to its neighbours is found at its address, and nobody
-/// else gets it; who only probes, or speaks for another, has nothing by that.
-#[test]
-fn an_address_is_bound_by_arp_and_by_neighbor_discovery() {
-    let mut net = Net::new(config(false), plain_link());
-    let found = |net: &mut Net, address: &str| net.nat.sources().find(address.parse().unwrap());
-    let learn = |net: &mut Net, port, frame: &[u8]| net.nat.learn(Port(port), frame, net.now);
-    let none = [
-        neighbor(GUEST_MAC, 135, "::", "fd00::9", 255),
-        neighbor(GUEST_MAC, 135, "fe80::9", "fd00::9", 255),
-        neighbor(GUEST_MAC, 136, "fe80::9", "fe80::9", 255),
-        neighbor(GUEST_MAC, 136, "fe80::9", "fd00::9", 254),
-        neighbor(GUEST_MAC, 134, "fd00::9", "fd00::9", 255),
-        neighbor(GUEST_MAC, 136, "fe80::9", "2001:db8::9", 255),
-        arp(GUEST_MAC, OTHER_MAC, [192, 168, 64, 9]),
-        arp(GUEST_MAC, GUEST_MAC, [0, 0, 0, 0]),
-        arp(GUEST_MAC, GUEST_MAC, [10, 0, 0, 9]),
-        vec![0x86; 60],
-        vec![0; 5],
-    ];
-    for (number, frame) in none.iter().enumerate() {
-        learn(&mut net, 0, frame);
-        for len in 0..frame.len() {
-            learn(&mut net, 0, &frame[..len]);
-        }
-        assert!(net.nat.sources().is_empty(), "case {number}");
-    }
-    let bound = [
-        (neighbor(GUEST_MAC, 135, "fd00::8", "fd00::1", 255), "fd00::8"),
-        (neighbor(GUEST_MAC, 136, "fe80::9", "fd00::9", 255), "fd00::9"),
-        (arp(GUEST_MAC, GUEST_MAC, [192, 168, 64, 9]), "192.168.64.9"),
-    ];
-    for (frame, address) in &bound {
-        learn(&mut net, 0, frame);
-        assert_eq!(found(&mut net, address), Some((Port(0), GUEST_MAC)));
-        // Another guest claims it.
-        let mut forged = frame.clone();
-        forged[6..12].copy_from_slice(&OTHER_MAC);
-        if forged[12..14] == [8, 6] {
-            forged[22..28].copy_from_slice(&OTHER_MAC);
-        }
-        let before = counted(&net, Counter::SourceTaken);
-        learn(&mut net, 1, &forged);
-        assert_eq!(counted(&net, Counter::SourceTaken), before + 1);
-        assert_eq!(found(&mut net, address), Some((Port(0), GUEST_MAC)));
-    }
-    // The gateway's address is nobody's.
-    learn(&mut net, 0, &neighbor(GUEST_MAC, 136, "fe80::9", "fd00::1", 255));
-    assert_eq!(found(&mut net, "fd00::1"), None);
-    assert_eq!(counted(&net, Counter::SourceGateway), 1);
 }
 
 /// S1: a packet that says that it comes from the gateway, from outside or from a reservation opens
