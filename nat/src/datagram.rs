@@ -273,6 +273,7 @@ impl<T> Datagrams<T> {
 
     /// Handles what is due.
     pub(crate) fn on_time<S: Sockets<Socket = T>>(&mut self, io: &mut Io<'_, S>) {
+        self.fail_old_queries(io);
         while let Some(index) = self.wheel.expired(io.now) {
             let Some(id) = self.flows.at(index) else { continue };
             let Some(flow) = self.flows.get_mut(id) else { continue };

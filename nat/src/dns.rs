@@ -16,8 +16,9 @@
 //! refused, because a resolver may allow its own host more than others. Port 853 is not translated: TLS
 //! would hide the questions, and the certificate is not the gateway's.
 //!
-//! What is remembered of a query until its answer comes is its identifier and a hash of its question.
-//! The flow of a guest's datagrams to the gateway ends with its last answer.
+//! What is remembered of a query until its answer comes is its header and its question. If no resolver
+//! answers it, the guest gets a server failure (RFC 2308, 7), because one that hears nothing asks again
+//! late (RFC 8906, 3.1). The flow of a guest's datagrams to the gateway ends with its last answer.
 
 pub(crate) mod message;
 pub mod names;
@@ -25,7 +26,6 @@ pub mod resolvers;
 pub(crate) mod stream;
 
 use core::net::{IpAddr, SocketAddr};
-use std::hash::{BuildHasher, Hash, Hasher, RandomState};
 
 use crate::limits::{DNS_ANSWER_MAX, DNS_TIMEOUT, RESOLVER_SILENT, RESOLVERS, RESOLVERS_LOOK};
 use crate::output::Port;
@@ -36,8 +36,8 @@ use crate::table::{Keyed, Table};
 use crate::wheel::Wheel;
 
 use message::{
-    A, AAAA, ANY, Answer, FORMAT_ERROR, NAME_ERROR, NO_ERROR, NOT_IMPLEMENTED, PTR, Query,
-    QueryError, Question, REFUSED, Reply, SERVER_FAILURE, means_failure, refuse_unread,
+    A, AAAA, ANY, Answer, FORMAT_ERROR, KeptQuery, NAME_ERROR, NO_ERROR, NOT_IMPLEMENTED, PTR,
+    Query, QueryError, Question, REFUSED, Reply, SERVER_FAILURE, means_failure, refuse_unread,
 };
 use names::{Found, Names};
 use resolvers::{Choice, Resolvers, answering};
@@ -49,8 +49,7 @@ type PendingKey = (Port, SocketAddr, u16);
 #[derive(Debug)]
 struct Pending {
     key: PendingKey,
-    /// A keyed hash of the question, without regard to case.
-    question: u64,
+    query: KeptQuery,
     to: SocketAddr,
     asked_at: u64,
 }
@@ -93,7 +92,6 @@ pub(crate) struct Dns {
     pending: Table<Pending>,
     wheel: Wheel,
     ports: Vec<PortDns>,
-    hasher: RandomState,
 }
 
 impl Dns {
@@ -112,7 +110,6 @@ impl Dns {
             pending: Table::new(most_pending),
             wheel: Wheel::new(now),
             ports: Vec::new(),
-            hasher: RandomState::new(),
         };
         dns.set_source(source);
         dns
@@ -292,25 +289,24 @@ impl Dns {
         ports: &mut Ports,
         now: u64,
     ) -> Result<(SocketAddr, bool), (Counter, u16)> {
-        self.expire(ports, now);
         let resolver = self.resolver(port, ports, now);
         let mut to = resolver.ok_or((Counter::DnsRefused, REFUSED))?;
         let key = (port, guest, query.id);
-        let question = self.hash(&query.question);
         if let Some(id) = self.pending.find(&key) {
             let choice = self.port(port).choice;
             let Some(pending) = self.pending.get_mut(id) else {
                 return Err((Counter::DnsPendingLimit, SERVER_FAILURE));
             };
             // A resolver that answers others may still drop this one.
-            let again = pending.question == question && now >= pending.asked_at + RESOLVER_SILENT;
+            let same = pending.query.asks(&query.question);
+            let again = same && now >= pending.asked_at + RESOLVER_SILENT;
             if again && pending.to == to {
                 to = choice.behind(&self.list, to).unwrap_or(to);
             }
-            if pending.question != question || pending.to != to {
+            if !same || pending.to != to {
                 pending.asked_at = now;
             }
-            (pending.question, pending.to) = (question, to);
+            (pending.query, pending.to) = (query.keep(), to);
             self.wheel.set(id.index, now + DNS_TIMEOUT);
             self.port(port).choice.asked(now);
             return Ok((to, false));
@@ -323,7 +319,7 @@ impl Dns {
             // Queries come and go too often to grow with them.
             self.pending.reserve();
         }
-        let pending = Pending { key, question, to, asked_at: now };
+        let pending = Pending { key, query: query.keep(), to, asked_at: now };
         let Ok(id) = self.pending.insert(pending) else {
             return Err((Counter::DnsPendingLimit, SERVER_FAILURE));
         };
@@ -352,8 +348,9 @@ impl Dns {
         let answer = Answer::parse(message).ok_or(Counter::DnsUnasked)?;
         let found = self.pending.find(&(port, guest, answer.id));
         let id = found.ok_or(Counter::DnsUnasked)?;
-        let expected = self.pending.peek(id).map(|pending| pending.question);
-        if answer.question.is_some_and(|question| Some(self.hash(&question)) != expected) {
+        let pending = self.pending.peek(id);
+        let asks = |question: &Question<'_>| pending.is_some_and(|one| one.query.asks(question));
+        if answer.question.is_some_and(|question| !asks(&question)) {
             return Err(Counter::DnsUnasked);
         }
         self.remove(id.index);
@@ -365,11 +362,33 @@ impl Dns {
         Ok(())
     }
 
-    /// Forgets a query that was not sent, or has met an error.
-    pub(crate) fn forget(&mut self, port: Port, guest: SocketAddr, id: u16) {
-        if let Some(id) = self.pending.find(&(port, guest, id)) {
-            self.remove(id.index);
-        }
+    /// Gives up a query that was not sent, or has met an error. The answer that says so is in `out`. Without
+    /// an identifier it is any query of this guest. Returns the length of the answer, or `None` if there is
+    /// no such query.
+    pub(crate) fn give_up(
+        &mut self,
+        (port, guest): (Port, SocketAddr),
+        id: Option<u16>,
+        out: &mut [u8; DNS_ANSWER_MAX],
+        ports: &mut Ports,
+    ) -> Option<usize> {
+        let index = match id {
+            Some(id) => self.pending.find(&(port, guest, id))?.index,
+            None => (0..self.pending.places() as u32).find(|&index| {
+                let pending = self.pending.at(index).and_then(|id| self.pending.peek(id));
+                pending.is_some_and(|pending| (pending.key.0, pending.key.1) == (port, guest))
+            })?,
+        };
+        ports.count(port, Counter::DnsFailed);
+        Some(self.fail(index, out)?.1)
+    }
+
+    /// Removes a query, and writes the answer that it has failed. Returns whose it was, and the length.
+    fn fail(&mut self, index: u32, out: &mut [u8; DNS_ANSWER_MAX]) -> Option<(PendingKey, usize)> {
+        let pending = self.pending.peek(self.pending.at(index)?)?;
+        let failed = (pending.key, pending.query.refuse(SERVER_FAILURE, out));
+        self.remove(index);
+        Some(failed)
     }
 
     fn remove(&mut self, index: u32) {
@@ -380,15 +399,26 @@ impl Dns {
         self.port(pending.key.0).pending -= 1;
     }
 
-    /// Forgets the queries that were not answered in time.
-    fn expire(&mut self, ports: &mut Ports, now: u64) {
+    /// Gives up a query that was not answered in time. The answer that says so is in `out`. Returns which
+    /// guest it is for, and its length, or `None` if there is no such query.
+    pub(crate) fn expired(
+        &mut self,
+        out: &mut [u8; DNS_ANSWER_MAX],
+        ports: &mut Ports,
+        now: u64,
+    ) -> Option<(Port, SocketAddr, usize)> {
         while let Some(index) = self.wheel.expired(now) {
-            let pending = self.pending.at(index).and_then(|id| self.pending.peek(id));
-            if let Some(port) = pending.map(|pending| pending.key.0) {
+            if let Some(((port, guest, _), len)) = self.fail(index, out) {
                 ports.count(port, Counter::DnsUnanswered);
-                self.remove(index);
+                return Some((port, guest, len));
             }
         }
+        None
+    }
+
+    /// When [`expired`](Self::expired) is to be called next.
+    pub(crate) fn deadline(&self) -> Option<u64> {
+        self.wheel.next()
     }
 
     /// Forgets a port's queries, and the names of its guests.
@@ -401,16 +431,5 @@ impl Dns {
         }
         *self.port(port) = PortDns::default();
         self.names.port_left(port);
-    }
-
-    fn hash(&self, question: &Question<'_>) -> u64 {
-        let mut hasher = self.hasher.build_hasher();
-        let (name, tail) = question.bytes.split_at(question.bytes.len() - 4);
-        // The lengths of labels are no letters: they are less than 64.
-        for byte in name {
-            byte.to_ascii_lowercase().hash(&mut hasher);
-        }
-        tail.hash(&mut hasher);
-        hasher.finish()
     }
 }

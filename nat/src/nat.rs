@@ -316,8 +316,13 @@ impl<S: Sockets> Nat<S> {
         if self.turns.due() > 0 {
             return Some(now);
         }
-        let (now, forwards) = (micros(now), self.forwards.deadline());
-        let deadlines = [self.tcp.deadline(now), self.datagrams.deadline(now), forwards];
+        let now = micros(now);
+        let deadlines = [
+            self.tcp.deadline(now),
+            self.datagrams.deadline(now),
+            self.shared.dns.deadline(),
+            self.forwards.deadline(),
+        ];
         deadlines.into_iter().flatten().min().map(Duration::from_micros)
     }
 

@@ -137,6 +137,8 @@ counters! {
     DnsStreamRefused,
     /// Too many queries of the port or the network wait for their answers. The guest was told.
     DnsPendingLimit,
+    /// A query that no resolver could be given, or that has met an error on its way. The guest was told.
+    DnsFailed,
     /// A port forward waited, because it has as many flows as it may have.
     ForwardLimit,
     /// What came for a port forward was dropped or reset, because no guest has its address now. No port
@@ -215,7 +217,7 @@ counters! {
     NotAsked,
     /// A datagram of a resolver that answers no query that waits for one. It was dropped.
     DnsUnasked,
-    /// A query that no resolver has answered in time.
+    /// A query that no resolver has answered in time. The guest was told that it has failed.
     DnsUnanswered,
     /// A datagram was too long for its way. The host sends the next ones in fragments.
     TooLong,

@@ -32,9 +32,12 @@ impl<T> Datagrams<T> {
             else {
                 return count;
             };
-            if let Some(flow) = self.flow_to(id, error.to, io) {
-                let quoted = &quoted[..error.quoted];
-                query_failed(flow, quoted, io);
+            let Some(flow) = self.flow_to(id, error.to, io) else { continue };
+            let quoted = &quoted[..error.quoted];
+            if flow.dns {
+                let (key, mac, to) = (flow.key, flow.mac, flow.to);
+                self.query_failed(&key, mac, (to.ip(), quoted), io);
+            } else {
                 pass(flow, &error, quoted, io);
             }
         }
@@ -58,8 +61,32 @@ impl<T> Datagrams<T> {
         let Some(flow) = self.flows.find(&key).and_then(|id| self.flows.peek(id)) else { return };
         let (counter, reason) = refusal(error);
         io.count(key.port, counter);
-        query_failed(flow, &[], io);
-        tell(flow, key.remote.ip(), reason, &[], io);
+        if flow.dns {
+            let (mac, to) = (flow.mac, flow.to.ip());
+            self.query_failed(&key, mac, (to, &[]), io);
+        } else {
+            tell(flow, key.remote.ip(), reason, &[], io);
+        }
+    }
+
+    /// A query has met an error, which may quote it: the next one goes to another resolver. The guest gets
+    /// an answer that says that it has failed, so that it need not wait before it asks again. It knows
+    /// nothing of the resolver, which no ICMP error can be about.
+    fn query_failed<S: Sockets<Socket = T>>(
+        &mut self,
+        key: &Key,
+        mac: [u8; 6],
+        (resolver, quoted): (IpAddr, &[u8]),
+        io: &mut Io<'_, S>,
+    ) {
+        io.dns.failed(key.port, resolver, io.ports, io.now);
+        match *quoted {
+            [high, low, ..] => {
+                // One that has been answered meanwhile is not told of.
+                self.fail_query(key, mac, Some(u16::from_be_bytes([high, low])), io);
+            }
+            _ => while self.fail_query(key, mac, None, io) {},
+        }
     }
 
     /// The flow of a socket that leads to a peer.
@@ -82,18 +109,6 @@ impl<T> Datagrams<T> {
             }
         };
         self.flows.peek(self.flows.find(&key)?)
-    }
-}
-
-/// If a query has met an error, the next one goes to another resolver. The guest is told of the error, so
-/// that it need not wait before it asks again.
-fn query_failed<S: Sockets>(flow: &Flow, quoted: &[u8], io: &mut Io<'_, S>) {
-    if flow.dns {
-        let port = flow.key.port;
-        io.dns.failed(port, flow.to.ip(), io.ports, io.now);
-        if let [high, low, ..] = *quoted {
-            io.dns.forget(port, flow.key.guest, u16::from_be_bytes([high, low]));
-        }
     }
 }
 

@@ -15,8 +15,9 @@ use crate::datagram::state::Datagrams;
 use crate::dns::Asked;
 use crate::icmp::Reason;
 use crate::io::Io;
-use crate::limits::{DNS_ANSWER_MAX, HEADROOM};
+use crate::limits::{DNS_ANSWER_MAX, DNS_PORT, HEADROOM};
 use crate::packet::Addresses;
+use crate::policy::Protocol;
 use crate::sockets::{Incoming, Sockets};
 use crate::stats::Counter;
 use crate::table::FlowId;
@@ -63,6 +64,7 @@ impl<T> Datagrams<T> {
     ) {
         let key = packet.key;
         let mut out = [0; DNS_ANSWER_MAX];
+        let mut last = None;
         // A resolver that fails at once is passed over, until each has been asked.
         for _ in 0..io.dns.list().len().max(1) {
             let asker = (key.port, key.guest);
@@ -81,32 +83,80 @@ impl<T> Datagrams<T> {
                         let packet = Packet { payload: message, segment: 0, ..*packet };
                         return self.send(id, &[Some(&packet)], io);
                     }
-                    let query = u16::from_be_bytes([message[0], message[1]]);
-                    io.dns.forget(key.port, key.guest, query);
-                    let (counter, reason) = opened.err().unwrap_or((Counter::FlowLimit, None));
+                    let (counter, is_resolvers) =
+                        opened.err().unwrap_or((Counter::FlowLimit, false));
                     io.count(key.port, counter);
-                    match reason {
-                        Some(_) => io.dns.failed(key.port, to.ip(), io.ports, io.now),
-                        // The guest asks again after a while.
-                        None => return,
+                    if is_resolvers {
+                        io.dns.failed(key.port, to.ip(), io.ports, io.now);
+                    }
+                    last = Some(u16::from_be_bytes([message[0], message[1]]));
+                    if !is_resolvers {
+                        break;
                     }
                 }
             }
         }
-        io.send_error_about(key.port, Reason::NoHost, &packet.datagram);
+        self.fail_query(&key, packet.datagram.mac, last, io);
+    }
+
+    /// Gives up a query, or without an identifier any of this flow, and tells the guest. Returns whether
+    /// there was one.
+    pub(crate) fn fail_query<S: Sockets<Socket = T>>(
+        &mut self,
+        key: &Key,
+        mac: [u8; 6],
+        id: Option<u16>,
+        io: &mut Io<'_, S>,
+    ) -> bool {
+        let mut out = [0; DNS_ANSWER_MAX];
+        let asker = (key.port, key.guest);
+        let Some(len) = io.dns.give_up(asker, id, &mut out, io.ports) else { return false };
+        answer(key, mac, &out[..len], io);
+        self.query_ended(key, io);
+        true
+    }
+
+    /// Tells guests of queries that no resolver has answered in time.
+    pub(crate) fn fail_old_queries<S: Sockets<Socket = T>>(&mut self, io: &mut Io<'_, S>) {
+        let mut out = [0; DNS_ANSWER_MAX];
+        while let Some((port, guest, len)) = io.dns.expired(&mut out, io.ports, io.now) {
+            let gateway = match guest {
+                SocketAddr::V4(_) => io.config.gateway_v4.into(),
+                SocketAddr::V6(_) => io.config.gateway_v6.into(),
+            };
+            let remote = SocketAddr::new(gateway, DNS_PORT);
+            let key = Key { port, protocol: Protocol::Udp, guest, remote };
+            // It may be another port's by now.
+            if let Some((holder, mac)) = io.sources.find(guest.ip())
+                && holder == port
+            {
+                answer(&key, mac, &out[..len], io);
+            }
+            self.query_ended(&key, io);
+        }
+    }
+
+    /// One query of a flow waits no longer. The flow ends with its last one.
+    fn query_ended<S: Sockets<Socket = T>>(&mut self, key: &Key, io: &mut Io<'_, S>) {
+        let Some(id) = self.flows.find(key) else { return };
+        let Some(flow) = self.flows.get_mut(id).filter(|flow| flow.dns) else { return };
+        flow.queries = flow.queries.saturating_sub(1);
+        if flow.queries == 0 {
+            self.remove(id, io);
+        }
     }
 
     /// The flow of a query to a resolver.
     ///
     /// # Errors
     ///
-    /// Why there is none, and what the socket said if it was the resolver's.
+    /// Why there is none, and whether another resolver may have one.
     fn query_flow<S: Sockets<Socket = T>>(
         &mut self,
         packet: &Packet<'_>,
         to: SocketAddr,
         io: &mut Io<'_, S>,
-    ) -> Result<FlowId, (Counter, Option<Reason>)> {
+    ) -> Result<FlowId, (Counter, bool)> {
         let key = packet.key;
         let mut queries = 0;
         if let Some(id) = self.flows.find(&key) {
@@ -118,16 +168,13 @@ impl<T> Datagrams<T> {
             }
             self.remove(id, io);
         }
-        let limit = |why| (why, None);
+        let limit = |why| (why, false);
         io.ports.may_begin(key.port, io.now).map_err(limit)?;
         self.make_room(&key, None, io).map_err(limit)?;
-        let outlet = self.outlet(&key, to, io).map_err(|error| {
-            let (why, reason) = error::refusal(error);
-            (why, Some(reason))
-        })?;
+        let outlet = self.outlet(&key, to, io).map_err(|error| (error::refusal(error).0, true))?;
         let mut flow = Flow::new(key, to, packet.datagram.mac, outlet, io.now);
         (flow.dns, flow.queries) = (true, queries);
-        self.insert(flow, None, io).ok_or((Counter::FlowLimit, None))
+        self.insert(flow, None, io).ok_or((Counter::FlowLimit, false))
     }
 
     /// Gives a guest what a resolver has sent, in one datagram or in several that the system has put

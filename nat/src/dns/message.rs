@@ -216,11 +216,67 @@ impl<'m> Query<'m> {
         Ok(found)
     }
 
+    /// As much of it as an answer needs that is written later.
+    pub(crate) fn keep(&self) -> KeptQuery {
+        let mut kept = KeptQuery { bytes: [0; KEPT_MAX], len: 0 };
+        let mut put = |bytes: &[u8]| {
+            kept.bytes[kept.len..kept.len + bytes.len()].copy_from_slice(bytes);
+            kept.len += bytes.len();
+        };
+        // The flags, and one question.
+        put(&self.message[..6]);
+        let edns = self.edns().ok().flatten();
+        put(&[0, 0, 0, 0, 0, u8::from(edns.is_some())]);
+        put(self.question.bytes);
+        if let Some(edns) = edns {
+            let [high, low] = if edns.dnssec { DO.to_be_bytes() } else { [0; 2] };
+            put(&[0, 0, OPT as u8, 0, 0, 0, 0, high, low, 0, 0]);
+        }
+        kept
+    }
+
     /// Writes an answer without a record, with this response code.
     pub(crate) fn refuse(&self, code: u16, out: &mut [u8; DNS_ANSWER_MAX]) -> usize {
         match Reply::new(self, code, false, out) {
             Ok(reply) => reply.finish(),
             Err(len) => len,
+        }
+    }
+}
+
+/// The most bytes of a [`KeptQuery`].
+const KEPT_MAX: usize = HEADER_LEN + QUESTION_MAX + OPT_LEN;
+
+/// A query with its header, its question and an OPT record if it had one, and nothing else.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct KeptQuery {
+    bytes: [u8; KEPT_MAX],
+    len: usize,
+}
+
+impl KeptQuery {
+    fn question(&self) -> &[u8] {
+        let question = Question::parse(&self.bytes[HEADER_LEN..self.len]);
+        question.map_or(&[], |question| question.bytes)
+    }
+
+    /// Whether it asks the same, without regard to case.
+    pub(crate) fn asks(&self, question: &Question<'_>) -> bool {
+        let own = self.question();
+        if own.len() != question.bytes.len() {
+            return false;
+        }
+        // The lengths of labels are no letters: they are less than 64.
+        let (name, tail) = own.split_at(own.len() - 4);
+        let (other, other_tail) = question.bytes.split_at(own.len() - 4);
+        tail == other_tail && name.eq_ignore_ascii_case(other)
+    }
+
+    /// Writes an answer without a record, with this response code.
+    pub(crate) fn refuse(&self, code: u16, out: &mut [u8; DNS_ANSWER_MAX]) -> usize {
+        match Query::parse(&self.bytes[..self.len]) {
+            Ok(query) => query.refuse(code, out),
+            Err(_) => refuse_unread(&self.bytes, code, out),
         }
     }
 }
