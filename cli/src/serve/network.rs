@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use sha2::{Digest, Sha256};
 use vmring::device::Offloads;
-use vmring::device::embedded::nat::{NatControl, NatReport};
+use vmring::device::embedded::nat::{Counter, NatControl, NatReport};
 use vmring::device::embedded::{LimitsControl, QUEUES_MAX, SourceRule};
 use vmring::{
     Embedded, Error, Interface, InterfaceBuilder, Ipv4Range, MacAddr6, Mode, RingControl, Socket,
@@ -271,7 +271,8 @@ impl Network {
     pub(super) fn way_out(&self) -> Option<NatReport> {
         // A translator that does not answer in time is left out.
         let report = self.nat.as_ref()?.report().ok()?;
-        (report.descriptors > 0).then_some(report)
+        let is_used = report.counters[Counter::Frames] > 0 || !report.forwards.is_empty();
+        is_used.then_some(report)
     }
 
     /// Packets and bytes that the uplink has brought for the guests and taken from them, if there is one.

@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 
 use serde::Serialize;
 use vmring::Socket;
+use vmring::device::embedded::nat::NatReport;
 
 use super::connection::{Connection, Ended, Guest, Stats};
 use super::counts::Counts;
@@ -57,6 +58,8 @@ pub(super) struct Server {
     relay: Option<JoinHandle<Relayed>>,
     /// What the uplink has moved, when it has ended.
     pub(super) uplink: Option<UplinkSummary>,
+    /// What the way out did when the server began to end. Its flows end with their guests.
+    way_out: Option<NatReport>,
     /// What other threads ask for, until the server ends.
     requests: Option<Receiver<Request>>,
     asking: SyncSender<Request>,
@@ -272,6 +275,7 @@ impl Server {
             bell,
             relay: None,
             uplink: None,
+            way_out: None,
             requests,
             asking,
         })
@@ -522,8 +526,14 @@ impl Server {
         outcome
     }
 
+    /// What the way out does, or did when the server began to end, if it has been used.
+    pub(super) fn way_out(&self) -> Option<NatReport> {
+        self.way_out.clone().or_else(|| self.network.way_out())
+    }
+
     /// Ends every connection and the uplink. The sockets are removed.
     pub(super) fn end(&mut self) -> Result<(), Failure> {
+        self.way_out = self.network.way_out();
         // A thread that waits for an answer gets none.
         self.requests = None;
         for one in &self.running {

@@ -27,7 +27,7 @@ pub(super) struct Summary {
     /// Processor time of the whole process, in percent of one processor.
     cpu_percent: f64,
     network: NetworkSummary,
-    /// What the network's way out does, if it has one and somebody has used it.
+    /// What the network's way out does, or did when the server began to end, if somebody has used it.
     way_out: Option<WayOut>,
     /// What went between the switch and the TAP or vmnet, at the end.
     uplink: Option<UplinkSummary>,
@@ -116,7 +116,7 @@ impl Summary {
                 max_packet_size: network.max_packet_size(),
                 counters: network.counters().into_iter().collect(),
             },
-            way_out: network.way_out().map(WayOut::of),
+            way_out: server.way_out().map(WayOut::of),
             uplink: server.uplink.clone(),
             uplink_moved: network.uplink().map(moved),
             sockets,
