@@ -22,7 +22,7 @@ use crate::programs::{Measured, NO_VMRING, Programs, Rivals, Step, run_tables};
 use crate::report::{Table, Want};
 use crate::result::Result;
 
-use datagrams::Search;
+use datagrams::{Search, Sending};
 use streams::Direction;
 use way::{Running, Way};
 
@@ -30,7 +30,8 @@ const OFFLOAD: &str = "nat, stream with offload";
 const PLAIN: &str = "nat, stream without offload";
 const CONNECTIONS: &str = "nat, connections";
 const ROUND_TRIP: &str = "nat, round trip";
-const DATAGRAMS: &str = "nat, datagrams";
+const DATAGRAMS_OUT: &str = "nat, datagrams to the world";
+const DATAGRAMS_IN: &str = "nat, datagrams from the world";
 const FLOWS: &str = "nat, idle flows";
 
 /// The longest packets of pasta, which are its default.
@@ -47,13 +48,14 @@ const DATAGRAM_LENGTHS: [usize; 2] = [1472, 64];
 pub(crate) fn run(plan: Plan, programs: Programs<'_>, rivals: Rivals<'_>) -> Part {
     let vmring = programs.vmring.ok_or(NO_VMRING)?;
     let part = Parts { plan, programs, rivals, vmring };
-    let steps: [Step<'_>; 8] = [
+    let steps: [Step<'_>; 9] = [
         (scripted::NAME, &|| scripted::run(plan.rounds, programs)),
         (OFFLOAD, &|| part.with_offload()),
         (PLAIN, &|| part.without_offload()),
         (CONNECTIONS, &|| part.connections()),
         (ROUND_TRIP, &|| part.round_trip()),
-        (DATAGRAMS, &|| part.datagrams()),
+        (DATAGRAMS_OUT, &|| part.datagrams(Direction::Out)),
+        (DATAGRAMS_IN, &|| part.datagrams(Direction::In)),
         (FLOWS, &|| part.idle_flows()),
         (uml::NAME, &|| uml::run(plan.rounds, programs, rivals)),
     ];
@@ -269,28 +271,44 @@ impl<'a> Parts<'a> {
         Ok(Ok((table, Vec::from_iter(ratio.is_finite().then_some(want)))))
     }
 
-    fn datagrams(&self) -> Result<Measured> {
+    fn datagrams(&self, direction: Direction) -> Result<Measured> {
         let time = self.rivals.datagram_time;
+        let name = match direction {
+            Direction::Out => DATAGRAMS_OUT,
+            Direction::In => DATAGRAMS_IN,
+        };
+        let wanted = [("pasta", 1.5), ("slirp4netns", 2.0)];
         let about = format!(
-            "UDP to the world: the highest rate at which at most one datagram in 100,000 is lost in {} s",
+            "UDP {}: the highest rate at which at most one datagram in 100,000 is lost in {} s",
+            direction.name(),
             time.as_secs_f64()
         );
         let figures = &["datagrams/s", "Gbit/s", "translator CPU us each"];
-        let mut table = Table::new(DATAGRAMS, about, &["bytes", "way out"], figures);
-        let direct = (Some(Way::Direct), Way::Direct);
-        let ways = vec![direct, self.ours(&[]), self.pasta(MTU), self.slirp(MTU)];
+        let mut table = Table::new(name, about, &["sent", "bytes", "way out"], figures);
+        let ways = vec![
+            (Some(Way::Direct), Way::Direct),
+            (Some(Way::Kernel), Way::Kernel),
+            self.ours(&[]),
+            self.pasta(MTU),
+            self.slirp(MTU),
+        ];
         let mut contenders = contenders(ways, figures.len())?;
         let mut wants = Vec::new();
-        for len in DATAGRAM_LENGTHS {
-            take_turns(self.plan.rounds, &mut contenders, |running| {
-                let found = datagrams::search(running, Search { len, time })?;
-                let bits = found.per_second * len as f64 * 8.0 / 1e9;
-                Ok(vec![Some(found.per_second), Some(bits), found.own_cpu])
-            })?;
-            let medians = add_rows(&mut table, &[&len.to_string()], &contenders);
-            let what = |beside: &str| format!("UDP, {len} B: run-netns / {beside}");
-            wants.extend(ratios(&medians[1..], [("pasta", 1.5), ("slirp4netns", 2.0)], what));
-            contenders.iter_mut().flat_map(|one| &mut one.values).for_each(Vec::clear);
+        for sending in Sending::ALL {
+            for len in DATAGRAM_LENGTHS {
+                take_turns(self.plan.rounds, &mut contenders, |running| {
+                    let search = Search { direction, sending, len, time };
+                    let found = datagrams::search(running, search)?;
+                    let bits = found.per_second * len as f64 * 8.0 / 1e9;
+                    Ok(vec![Some(found.per_second), Some(bits), found.own_cpu])
+                })?;
+                let labels = [sending.name(), &len.to_string()];
+                let medians = add_rows(&mut table, &labels, &contenders);
+                let (to, how) = (direction.name(), sending.name());
+                let what = |beside: &str| format!("UDP {to}, {len} B {how}: run-netns / {beside}");
+                wants.extend(ratios(&medians[2..], wanted, what));
+                contenders.iter_mut().flat_map(|one| &mut one.values).for_each(Vec::clear);
+            }
         }
         Ok(Ok((table, wants)))
     }

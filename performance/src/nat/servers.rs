@@ -1,7 +1,7 @@
 //! The servers outside. They are sockets of the world's namespace, and threads of this program.
 
 use std::io::{ErrorKind, Read, Write};
-use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream, UdpSocket};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,8 +27,6 @@ const LOOK: i32 = 50;
 pub(super) struct Servers {
     /// Its connections belong to whoever accepts them.
     pub(super) taken: TcpListener,
-    /// Receives datagrams.
-    pub(super) datagrams: UdpSocket,
     stop: Arc<AtomicBool>,
     threads: Vec<JoinHandle<()>>,
 }
@@ -36,12 +34,11 @@ pub(super) struct Servers {
 impl Servers {
     pub(super) fn start(outside: &Namespace) -> Result<Self> {
         // A socket stays in the namespace in which it was made.
-        let (taken, datagrams, echo, answer) = outside.inside(|| {
+        let (taken, echo, answer) = outside.inside(|| {
             let listen = |port| TcpListener::bind((Ipv4Addr::UNSPECIFIED, port));
-            let datagrams = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, TAKEN))?;
             let answer: std::result::Result<Vec<_>, _> =
                 SERVERS.iter().map(|address| TcpListener::bind((*address, ANSWER))).collect();
-            Ok((listen(TAKEN)?, datagrams, listen(ECHO)?, answer?))
+            Ok((listen(TAKEN)?, listen(ECHO)?, answer?))
         })?;
         let stop = Arc::new(AtomicBool::new(false));
         let mut threads = Vec::new();
@@ -51,7 +48,7 @@ impl Servers {
         };
         threads.push(serve(echo, |stream| _ = thread::spawn(move || echo_bytes(stream))));
         threads.extend(answer.into_iter().map(|listener| serve(listener, answer_once)));
-        Ok(Self { taken, datagrams, stop, threads })
+        Ok(Self { taken, stop, threads })
     }
 
     pub(super) fn echo(&self, server: usize) -> SocketAddrV4 {
@@ -64,6 +61,11 @@ impl Servers {
 
     pub(super) fn taken(&self, server: usize) -> SocketAddrV4 {
         SocketAddrV4::new(SERVERS[server], TAKEN)
+    }
+
+    /// The address of a server of datagrams, whose port the system chooses.
+    pub(super) fn datagrams(&self, server: usize) -> SocketAddrV4 {
+        SocketAddrV4::new(SERVERS[server], 0)
     }
 }
 

@@ -72,7 +72,7 @@ pub(super) struct Running {
     pub(super) servers: Servers,
     /// The translator.
     process: Option<Process>,
-    _world: World,
+    world: World,
 }
 
 /// A child process that does not outlive its measurement, and what it says on stderr.
@@ -159,7 +159,7 @@ impl Running {
             }
         };
         inside.inside(many_ports)?;
-        let mut running = Self { inside, servers, process, _world: world };
+        let mut running = Self { inside, servers, process, world };
         running.await_server()?;
         Ok(running)
     }
@@ -182,6 +182,11 @@ impl Running {
             }
             thread::sleep(Duration::from_millis(20));
         }
+    }
+
+    /// Runs `work` on a thread in the namespace of the world.
+    pub(super) fn outside<T: Send>(&self, work: impl FnOnce() -> Result<T> + Send) -> Result<T> {
+        self.world.outside.inside(work)
     }
 
     /// The processor time of the translator, if it is a process.
