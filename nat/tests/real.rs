@@ -528,6 +528,22 @@ fn errors_have_their_names() {
     }
 }
 
+/// Goal: a connection that has ended well in both directions has no error to ask for.
+#[cfg(target_os = "linux")]
+#[test]
+fn an_end_is_no_error() {
+    for v6 in [false, true] {
+        let Some((mut host, socket, stream)) = pair(v6) else { continue };
+        wait_for(&mut host, "the connection", |readiness| readiness.writable);
+        host.shutdown(&socket).unwrap();
+        drop(stream);
+        wait_for(&mut host, "the end", |readiness| {
+            assert!(!readiness.failed, "{readiness:?}");
+            readiness.closed
+        });
+    }
+}
+
 /// Goal: a socket whose buffer is full tells when it takes bytes, if it was asked to, and once.
 #[test]
 fn a_full_socket_tells_when_it_takes_bytes() {

@@ -33,7 +33,9 @@ impl Events {
                 readable: has(libc::EPOLLIN),
                 writable: has(libc::EPOLLOUT),
                 closed: has(libc::EPOLLRDHUP | libc::EPOLLHUP),
-                failed: has(libc::EPOLLERR | libc::EPOLLHUP),
+                // EPOLLHUP alone means that both directions have ended, which is no error. To ask for
+                // one would take two calls for each connection that ends well.
+                failed: has(libc::EPOLLERR),
             };
             (Token(data), readiness)
         })
@@ -57,6 +59,10 @@ impl Poll {
         let interest = libc::EPOLLIN | libc::EPOLLET;
         poll.control(libc::EPOLL_CTL_ADD, poll.waker.as_fd(), interest, WAKER)?;
         Ok(poll)
+    }
+
+    pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
+        self.set.as_fd()
     }
 
     fn control(&self, what: i32, fd: BorrowedFd<'_>, interest: i32, data: u64) -> io::Result<()> {
