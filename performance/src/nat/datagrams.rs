@@ -311,7 +311,10 @@ fn count(receiver: &UdpSocket, len: usize, stop: &AtomicBool, arrived: &AtomicU6
             Ok(received) => {
                 let all = &messages[..received as usize];
                 // A message is one datagram, or several of the same length.
-                if all.iter().any(|one| one.msg_len == 0 || one.msg_len as usize % len != 0) {
+                if all
+                    .iter()
+                    .any(|one| one.msg_len == 0 || !(one.msg_len as usize).is_multiple_of(len))
+                {
                     return Err("a datagram arrived with another length".into());
                 }
                 let count: usize = all.iter().map(|one| one.msg_len as usize / len).sum();
