@@ -7,7 +7,7 @@ use crate::buffer::Buffer;
 use crate::credits::{Class, CreditReturner, SkipCounter};
 use crate::entry::{Cqe, Opcode, Outcome, SlotRange, Sqe};
 use crate::frame::{Frame, free_with};
-use crate::queue::{Consumer, Producer, Published, debug_by_queue};
+use crate::queue::{Consumer, FreeCells, Producer, Published, debug_by_queue};
 use crate::regions::Regions;
 use crate::slots::{Freed, PoolInner};
 use core::fmt;
@@ -293,6 +293,15 @@ impl CqProducer {
         unsafe { self.push_other(opcode, pool, range, user_data, Ended { outcome, more: 0 }) }
     }
 
+    /// Completions of up to `most` reads that are done, which are written one after the other. The reaper
+    /// sees them after [`publish`](Self::publish).
+    #[inline(always)]
+    pub fn done_reads(&mut self, most: u32) -> DoneReads<'_> {
+        let first = &self.cq.regions().pools()[0];
+        let (pool, slot_size) = (first.ptr(), first.layout().slot_size);
+        DoneReads { free: self.cq.free_cells(most), pool, slot_size }
+    }
+
     /// Writes the completion of a read that has a part of a packet. The rest is in the `more` next
     /// completions, which the caller pushes before it [publishes](Self::publish).
     ///
@@ -411,6 +420,49 @@ impl CqProducer {
     #[inline]
     pub fn index(&self) -> u32 {
         self.cq.published()
+    }
+}
+
+/// Completions of reads that are done: see [`CqProducer::done_reads`].
+pub struct DoneReads<'a> {
+    free: FreeCells<'a, Cqe>,
+    /// The ring's first pool, and the bytes of its slots.
+    pool: NonNull<PoolInner>,
+    slot_size: u32,
+}
+
+impl fmt::Debug for DoneReads<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DoneReads").finish_non_exhaustive()
+    }
+}
+
+impl DoneReads<'_> {
+    /// Writes the completion of a read whose buffer has a packet of `len` bytes.
+    ///
+    /// # Errors
+    ///
+    /// Returns the buffer if it is no frame of the ring's first pool, if it has fewer bytes, or if `most`
+    /// completions were written. [`CqProducer::push`] handles each of these cases.
+    #[inline(always)]
+    pub fn push(&mut self, buffer: Buffer, len: usize, user_data: u64) -> Result<(), Buffer> {
+        let frame = buffer.carrier();
+        // The frame that a guest's buffer begins with is of another pool.
+        let fits = frame.pool_ptr() == self.pool && len <= frame.capacity_in(self.slot_size);
+        if !fits || !self.free.has_space() {
+            return Err(buffer);
+        }
+        // Nothing between here and the entry can panic.
+        let cqe = Cqe::packet(
+            Opcode::Read,
+            0,
+            buffer.into_carrier().into_raw(),
+            user_data,
+            Outcome::Done,
+        );
+        let pushed = self.free.push(cqe.with_len(len as u32));
+        debug_assert!(pushed, "there was space");
+        Ok(())
     }
 }
 

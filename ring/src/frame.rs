@@ -183,6 +183,13 @@ impl Frame {
         (self.pool().layout.slot_size - self.range.offset()) as usize
     }
 
+    /// The [`capacity`](Self::capacity), for a caller that knows the size of the pool's slots.
+    #[inline(always)]
+    pub(crate) fn capacity_in(&self, slot_size: u32) -> usize {
+        debug_assert_eq!(slot_size, self.pool().layout.slot_size);
+        (slot_size - self.range.offset()) as usize
+    }
+
     /// The bytes of the slot in front of the packet.
     #[inline]
     pub fn headroom(&self) -> usize {

@@ -33,7 +33,7 @@ pub mod view;
 
 pub use backing::{Backing, HeapBacking};
 pub use buffer::Buffer;
-pub use cq::{CqConsumer, CqProducer, CqeRef, Reaped};
+pub use cq::{CqConsumer, CqProducer, CqeRef, DoneReads, Reaped};
 pub use credits::Class;
 pub use entry::{Cqe, GUEST, Opcode, Outcome, SKIP_SUCCESS, Sqe};
 pub use frame::{Frame, FrontError, OutOfSpace};
@@ -44,5 +44,5 @@ pub use prefetch::prefetch_for_writing;
 pub use regions::Regions;
 pub use rings::{Depths, rings};
 pub use slots::{Layout, LayoutError};
-pub use sq::{PushError, SqConsumer, SqProducer, SqeRef, Submission};
+pub use sq::{LeadingFrames, PushError, Reads, SqConsumer, SqProducer, SqeRef, Submission};
 pub use view::PacketView;

@@ -15,6 +15,8 @@ pub(crate) const PUBLISH_BATCH_BUSY: u32 = 16;
 /// With at least this many entries in flight, the ring is busy and [`PUBLISH_BATCH_BUSY`] applies.
 /// With fewer in flight, pieces of that size would leave the other side without work.
 pub(crate) const BUSY_IN_FLIGHT: u32 = 32;
+/// Packets that are shown to a device together: as many as the entries that are prefetched together.
+pub(crate) const RUN_MAX: usize = PREFETCH_ENTRIES as usize;
 /// Entries whose cache lines are prefetched together: sixteen lines, which is about as many
 /// transfers as a core can have in progress.
 pub(crate) const PREFETCH_ENTRIES: u32 = 32;

@@ -34,7 +34,7 @@ struct Shared<T: Entry> {
     regions: Regions,
 }
 
-// SAFETY: the one producer writes a cell while its index is outside head..tail, in `push` and in
+// SAFETY: the one producer writes a cell while its index is outside head..tail, in the two `push` and in
 // `move_to`. The one consumer reads it while its index is inside, in `peek`, and exchanges two of these
 // cells, in `swap`. The two indices hand the cell over (see the module's documentation). `queue` makes one
 // producer and one consumer, and neither is `Clone`. `T` is plain data.
@@ -182,7 +182,7 @@ impl<T: Entry> Producer<T> {
 
     /// How many entries fit, if they are fewer than `wanted`. Else it may be fewer than really fit.
     #[inline]
-    fn space_for(&self, wanted: u32) -> u32 {
+    pub(crate) fn space_for(&self, wanted: u32) -> u32 {
         let space = self.capacity() - self.tail.get().wrapping_sub(self.head_seen.get());
         if space >= wanted { space } else { self.refresh_space() }
     }
@@ -218,6 +218,15 @@ impl<T: Entry> Producer<T> {
         });
         self.tail.set(tail.wrapping_add(1));
         true
+    }
+
+    /// Free cells for up to `wanted` entries, which are written one after the other.
+    #[inline(always)]
+    pub(crate) fn free_cells(&mut self, wanted: u32) -> FreeCells<'_, T> {
+        let count = self.space_for(wanted).min(wanted);
+        let Self { shared, tail, .. } = self;
+        let next = tail.get();
+        FreeCells { cells: shared.cells(), tail, next, end: next.wrapping_add(count) }
     }
 
     /// Publishes all entries that were written: the commit point. The consumer sees them from here
@@ -362,8 +371,16 @@ impl<T: Entry> Consumer<T> {
         })
     }
 
-    /// Lets the producer write the cells of all entries that were taken. [`Front::take`] itself
-    /// does not.
+    /// The oldest known entries, at most `most`, which are taken one after the other.
+    #[inline(always)]
+    pub(crate) fn oldest(&mut self, most: u32) -> Oldest<'_, T> {
+        let count = self.known().min(most);
+        let Self { shared, head, .. } = self;
+        let (cells, next) = (shared.cells(), *head);
+        Oldest { cells, regions: &shared.regions, head, next, end: next.wrapping_add(count) }
+    }
+
+    /// Lets the producer write the cells of all entries that were taken. Taking an entry does not.
     #[inline]
     pub(crate) fn retire(&mut self) {
         // Release: pairs with the Acquire in `refresh_space` and the one in the drop of `Shared`.
@@ -542,6 +559,73 @@ impl<T: Entry> Front<'_, T> {
         // SAFETY: `front` saw that the index was before `tail_seen`, which `refresh` loaded with
         // Acquire. `retire` stores the head beyond it only later: we still borrow the consumer.
         unsafe { peek(self.cell, |entry| make(entry, self.regions)) }
+    }
+}
+
+/// The oldest known entries of a queue. Those that are not taken stay in the queue.
+pub(crate) struct Oldest<'a, T: Entry> {
+    cells: Cells<'a, T>,
+    regions: &'a Regions,
+    head: &'a mut u32,
+    /// The value of `head`, and where it ends.
+    next: u32,
+    end: u32,
+}
+
+impl<T: Entry> Oldest<'_, T> {
+    /// Takes the next entry, if it is `wanted`, as [`Front::take`] does.
+    #[inline(always)]
+    pub(crate) fn take_if<R>(
+        &mut self,
+        wanted: impl FnOnce(&T) -> bool,
+        make: impl FnOnce(&T, &Regions) -> R,
+    ) -> Option<R> {
+        let cell = self.cells.get(self.next);
+        // SAFETY: the index is before `end`, which `oldest` took from `tail_seen`, and `refresh` loaded
+        // that with Acquire. The entry is not taken, so no `retire` has stored a head beyond it.
+        if self.next == self.end || !unsafe { peek(cell, wanted) } {
+            return None;
+        }
+        self.next = self.next.wrapping_add(1);
+        // Before `make`, which may panic: the entry must not be taken twice.
+        *self.head = self.next;
+        // SAFETY: as above. `retire` stores the head beyond the entry only later: we still borrow the
+        // consumer.
+        Some(unsafe { peek(cell, |entry| make(entry, self.regions)) })
+    }
+}
+
+/// Free cells of a queue. What is written into them is seen after [`publish`](Producer::publish).
+pub(crate) struct FreeCells<'a, T: Entry> {
+    cells: Cells<'a, T>,
+    tail: &'a Cell<u32>,
+    /// The value of `tail`, and where the free cells end.
+    next: u32,
+    end: u32,
+}
+
+impl<T: Entry> FreeCells<'_, T> {
+    /// Whether a cell is left.
+    #[inline(always)]
+    pub(crate) fn has_space(&self) -> bool {
+        self.next != self.end
+    }
+
+    /// Writes an entry. If no cell is left, writes nothing and returns false.
+    #[inline(always)]
+    #[must_use = "false means that the entry, and the slot it names, is still the caller's"]
+    pub(crate) fn push(&mut self, entry: T) -> bool {
+        if !self.has_space() {
+            return false;
+        }
+        self.cells.get(self.next).with_mut(|cell| {
+            // SAFETY: `space_for` saw that this cell is free, as `has_space` does for `push`, and the
+            // producer is exclusively borrowed since then.
+            unsafe { (*cell).write(entry) };
+        });
+        self.next = self.next.wrapping_add(1);
+        self.tail.set(self.next);
+        true
     }
 }
 

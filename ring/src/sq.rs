@@ -9,10 +9,12 @@ use crate::credits::{Class, CreditTaker};
 use crate::entry::{Cqe, Entry, GUEST, Opcode, Outcome, SKIP_SUCCESS, Sqe};
 use crate::frame::{Frame, free_with};
 use crate::guest::buffer::GuestBuffer;
-use crate::queue::{Consumer, Front, Producer, debug_by_queue};
+use crate::limits::RUN_MAX;
+use crate::queue::{Consumer, Front, Oldest, Producer, debug_by_queue};
 use crate::regions::Regions;
 use core::fmt;
-use core::mem::ManuallyDrop;
+use core::mem::{ManuallyDrop, MaybeUninit};
+use core::ptr::NonNull;
 use static_assertions::{assert_impl_all, assert_not_impl_any};
 
 /// Why the ring did not take an entry. The set is closed: `vmring` turns each case into one of its
@@ -287,8 +289,15 @@ impl SqConsumer {
         front.peek(Sqe::is_packet).then_some(SqeRef(front))
     }
 
-    /// Frees the SQ's cells of all submissions that were taken by [`SqeRef::take`], with one store.
-    /// Until this call they still count as occupied.
+    /// The oldest of the submissions that [`ready`](Self::ready) saw, at most `most`, as long as they are
+    /// reads. The iterator takes each that it yields, and leaves the others.
+    #[inline(always)]
+    pub fn reads(&mut self, most: u32) -> Reads<'_> {
+        Reads(self.sq.oldest(most))
+    }
+
+    /// Frees the SQ's cells of all submissions that were taken by [`SqeRef::take`] and [`Reads`], with one
+    /// store. Until this call they still count as occupied.
     #[inline]
     pub fn retire(&mut self) {
         self.sq.retire();
@@ -340,6 +349,46 @@ impl SqConsumer {
             unsafe { free_with(pool, range, freed) };
             Some([Cqe::without_slot(Opcode::Write, range.len(), write.user_data(), Outcome::Done)])
         })
+    }
+
+    /// Shows the oldest known submissions, at most `most` and 32, as long as they are writes of frames
+    /// that want a completion and `like` returns true for the buffer and its packet. `with` sees the
+    /// packets, and ends those that it has sent; see [`LeadingFrames::end`].
+    ///
+    /// This is for a device that has to know how many packets there are before it sends the first. It finds
+    /// each packet once. `cq` is of the same ring, or there are no packets.
+    #[inline(always)]
+    pub fn with_leading_frames<R>(
+        &mut self,
+        cq: &mut CqProducer,
+        most: u32,
+        mut like: impl FnMut(&Buffer, &[u8]) -> bool,
+        with: impl FnOnce(&mut LeadingFrames<'_>) -> R,
+    ) -> R {
+        let (cq, _) = cq.parts_mut();
+        // So an entry's region number and slot mean in the CQ what they mean here.
+        let is_own = self.sq.regions().are_those(cq.regions());
+        let most = if is_own { most.min(RUN_MAX as u32) } else { 0 };
+        let most = most.min(self.sq.known());
+        let most = if most > 0 { most.min(cq.space_for(most)) } else { 0 };
+        // Not initialised: most polls find few packets or none.
+        let mut packets = [MaybeUninit::<NonNull<[u8]>>::uninit(); RUN_MAX];
+        let mut count = 0;
+        self.sq.leading(most, |sqe, regions| {
+            // SAFETY: `leading` gives entries that stay in the queue meanwhile.
+            let Some(frame) = (unsafe { frame_in_queue(sqe, Opcode::Write, 0, regions) }) else {
+                return false;
+            };
+            let buffer = ManuallyDrop::new(Buffer::from_carrier(ManuallyDrop::into_inner(frame)));
+            let Some(packet) = buffer.bytes().filter(|packet| like(&buffer, packet)) else {
+                return false;
+            };
+            let Some(place) = packets.get_mut(count) else { return false };
+            place.write(NonNull::from(packet));
+            count += 1;
+            true
+        });
+        with(&mut LeadingFrames { sq: &mut self.sq, cq, packets: &packets[..count] })
     }
 
     /// Ends the oldest known submissions as done, at most `most` pairs of a write and the read behind it,
@@ -434,6 +483,79 @@ impl SqeRef<'_> {
             // of these regions, and `SqConsumer::front` has seen that it is a packet's.
             (Buffer::from_carrier(unsafe { regions.frame_of(sqe) }), sqe.user_data())
         })
+    }
+}
+
+/// Reads that are taken out of the SQ; see [`SqConsumer::reads`].
+pub struct Reads<'a>(Oldest<'a, Sqe>);
+
+impl fmt::Debug for Reads<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Reads").finish_non_exhaustive()
+    }
+}
+
+/// The buffers, and the caller's numbers.
+impl Iterator for Reads<'_> {
+    type Item = (Buffer, u64);
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<(Buffer, u64)> {
+        let is_read = |sqe: &Sqe| sqe.opcode() == Opcode::Read;
+        self.0.take_if(is_read, |sqe, regions| {
+            // SAFETY: `take_if` yields each entry once. `SqProducer::push` wrote it by a frame of these
+            // regions, since it is a read.
+            (Buffer::from_carrier(unsafe { regions.frame_of(sqe) }), sqe.user_data())
+        })
+    }
+}
+
+/// The oldest writes of the SQ; see [`SqConsumer::with_leading_frames`].
+pub struct LeadingFrames<'a> {
+    sq: &'a mut Consumer<Sqe>,
+    cq: &'a mut Producer<Cqe>,
+    /// The packets of the oldest entries of the SQ, in their order. The CQ has space for them.
+    packets: &'a [MaybeUninit<NonNull<[u8]>>],
+}
+
+impl fmt::Debug for LeadingFrames<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LeadingFrames").field("len", &self.len()).finish_non_exhaustive()
+    }
+}
+
+impl LeadingFrames<'_> {
+    /// How many packets are left.
+    #[inline(always)]
+    pub fn len(&self) -> usize {
+        self.packets.len()
+    }
+
+    /// Whether no packet is left.
+    pub fn is_empty(&self) -> bool {
+        self.packets.is_empty()
+    }
+
+    /// The packets, oldest first.
+    #[inline(always)]
+    pub fn packets(&self) -> impl ExactSizeIterator<Item = &[u8]> {
+        self.packets.iter().map(|packet| {
+            // SAFETY: `with_leading_frames` has written as many places as the list is long.
+            let packet = unsafe { packet.assume_init() };
+            // SAFETY: it found the bytes in the frames of the oldest entries. These stay in the SQ and go on
+            // owning their slots until `end`, which takes their packets out of the list, and which cannot
+            // run while the caller has a packet. Meanwhile nobody writes to the slots.
+            unsafe { packet.as_ref() }
+        })
+    }
+
+    /// Ends the first `count` writes as done: their entries move to the CQ.
+    #[inline(always)]
+    pub fn end(&mut self, count: usize) {
+        let count = count.min(self.packets.len());
+        let moved = self.sq.move_to(self.cq, count as u32, |[write], _| Some([Cqe::of(&write)]));
+        debug_assert_eq!(moved as usize, count, "`with_leading_frames` has seen the space");
+        self.packets = &self.packets[count..];
     }
 }
 

@@ -118,6 +118,17 @@ enum Op {
         most: u32,
         len: usize,
     },
+    /// Looks at the leading writes whose length is at most `len`, and ends the first `end` of them.
+    EndFrames {
+        most: u32,
+        len: usize,
+        end: usize,
+    },
+    /// Takes leading reads.
+    TakeReads {
+        most: u32,
+        count: usize,
+    },
     /// Ends leading pairs of a write and a read whose packet's length is at most `len`.
     EndPairs {
         most: u32,
@@ -128,6 +139,8 @@ enum Op {
         which: usize,
         outcome: Outcome,
         len: usize,
+        /// Whether a read is completed by `CqProducer::done_reads`, if that takes it.
+        in_run: bool,
     },
     Show,
     LookForCompletions,
@@ -174,8 +187,12 @@ fn op() -> impl Strategy<Value = Op> {
             .prop_map(|(write, most, len)| Op::Leading { write, most, len }),
         30 => (0..6_u32, 0..=CAPACITY).prop_map(|(most, len)| Op::EndWrites { most, len }),
         30 => (0..6_u32, 0..=CAPACITY).prop_map(|(most, len)| Op::EndPairs { most, len }),
-        70 => (any::<usize>(), outcome, 0..=CAPACITY)
-            .prop_map(|(which, outcome, len)| Op::Complete { which, outcome, len }),
+        30 => (0..6_u32, 0..=CAPACITY, 0..6_usize)
+            .prop_map(|(most, len, end)| Op::EndFrames { most, len, end }),
+        30 => (0..6_u32, 0..6_usize).prop_map(|(most, count)| Op::TakeReads { most, count }),
+        70 => (any::<usize>(), outcome, 0..=CAPACITY, any::<bool>()).prop_map(
+            |(which, outcome, len, in_run)| Op::Complete { which, outcome, len, in_run }
+        ),
         50 => Just(Op::Show),
         40 => Just(Op::LookForCompletions),
         60 => (1..5_usize, any::<bool>()).prop_map(|(count, keep)| Op::Reap { count, keep }),
@@ -479,7 +496,11 @@ impl World {
             }
             Op::EndWrites { most, len } => self.end_writes(most, len),
             Op::EndPairs { most, len } => self.end_pairs(most, len),
-            Op::Complete { which, outcome, len } => self.complete(which, outcome, len),
+            Op::EndFrames { most, len, end } => self.end_frames(most, len, end),
+            Op::TakeReads { most, count } => self.take_reads(most, count),
+            Op::Complete { which, outcome, len, in_run } => {
+                self.complete(which, outcome, len, in_run);
+            }
             Op::Show => {
                 let Some(cq_producer) = &mut self.cq_producer else { return };
                 assert_eq!(cq_producer.publish(), self.cq_hidden > 0 || self.skips_hidden > 0);
@@ -627,6 +648,46 @@ impl World {
         (0..ended).for_each(|_| self.moved_to_cq(None));
     }
 
+    fn end_frames(&mut self, most: u32, max: usize, end: usize) {
+        let (Some(sq_consumer), Some(cq_producer)) = (&mut self.sq_consumer, &mut self.cq_producer)
+        else {
+            return;
+        };
+        let is_like = |_: &Buffer, packet: &[u8]| packet.len() <= max;
+        let seen = sq_consumer.with_leading_frames(cq_producer, most, is_like, |frames| {
+            let seen: Vec<_> = frames.packets().map(<[u8]>::to_vec).collect();
+            assert_eq!(frames.len(), seen.len());
+            frames.end(end);
+            let left: Vec<_> = frames.packets().map(<[u8]>::to_vec).collect();
+            assert_eq!(left, seen[end.min(seen.len())..]);
+            seen
+        });
+        let known = self.sq.iter().take(self.sq_known.min(most as usize));
+        let expected = known.map_while(|(_, ask)| match ask {
+            Ask::Write(packet) => (packet.bytes.len() <= max).then(|| packet.bytes.clone()),
+            _ => None,
+        });
+        assert_eq!(seen, expected.collect::<Vec<_>>());
+        (0..end.min(seen.len())).for_each(|_| self.moved_to_cq(None));
+    }
+
+    fn take_reads(&mut self, most: u32, count: usize) {
+        let Some(sq_consumer) = &mut self.sq_consumer else { return };
+        let taken: Vec<_> = sq_consumer.reads(most).take(count).collect();
+        let known = self.sq.iter().take(self.sq_known.min(most as usize).min(count));
+        let reads = known.take_while(|(_, ask)| ask.class() == Class::Read).count();
+        assert_eq!(taken.len(), reads);
+        for (buffer, user_data) in taken {
+            let frame = buffer.into_frame().unwrap();
+            let (expected, ask) = self.sq.pop_front().unwrap();
+            self.sq_known -= 1;
+            self.sq_taken += 1;
+            assert_eq!(user_data, expected);
+            assert_eq!(Some(&self.packet(&frame)), ask.packet());
+            self.device.push((user_data, ask, Some(frame)));
+        }
+    }
+
     fn end_pairs(&mut self, most: u32, max: usize) {
         let (Some(sq_consumer), Some(cq_producer)) = (&mut self.sq_consumer, &mut self.cq_producer)
         else {
@@ -674,7 +735,7 @@ impl World {
         self.cq_hidden += 1;
     }
 
-    fn complete(&mut self, which: usize, outcome: Outcome, len: usize) {
+    fn complete(&mut self, which: usize, outcome: Outcome, len: usize, in_run: bool) {
         if self.device.is_empty() || self.cq_producer.is_none() {
             return;
         }
@@ -697,7 +758,17 @@ impl World {
                     self.skips_hidden += 1;
                     return;
                 }
-                cq_producer.push(ask.class(), frame, user_data, outcome);
+                let mut buffer = Some(Buffer::from(frame));
+                if in_run && outcome == Outcome::Done && ask.class() == Class::Read {
+                    let len = len as usize;
+                    let frame = buffer.take().expect("it is here");
+                    buffer = cq_producer.done_reads(1).push(frame, len, user_data).err();
+                    // Only frames of the first pool are taken.
+                    assert_eq!(buffer.is_some(), ask.packet().is_some_and(|it| it.pool == 1));
+                }
+                if let Some(buffer) = buffer {
+                    cq_producer.push(ask.class(), buffer, user_data, outcome);
+                }
             }
             None => {
                 outcome = Outcome::Done;
@@ -1735,12 +1806,44 @@ fn writes_end_in_the_queue_of_their_own_ring() {
     let all = |_: &Buffer| true;
     assert_eq!(sq_consumer.end_writes(&mut foreign, 9, all), 0);
     assert_eq!(sq_consumer.end_pairs(&mut foreign, 9, |_, _| true), 0);
+    let none = sq_consumer.with_leading_frames(&mut foreign, 9, |_, _| true, |it| it.is_empty());
+    assert!(none);
     assert_eq!(sq_consumer.end_writes(&mut cq_producer, 9, all), 1);
     cq_producer.publish();
     cq_consumer.ready();
     let done = cq_consumer.pop().expect("it is done");
     assert_eq!((done.user_data, done.opcode, done.outcome), (7, Opcode::Write, Outcome::Done));
     assert_eq!(done.frame.as_deref(), Some(&b"packet"[..]));
+}
+
+/// Goal: a run of completions takes no more than its number, and no packet that its frame has no bytes for.
+/// What it does not take comes back whole.
+#[test]
+fn a_run_of_completions_gives_back_what_it_does_not_take() {
+    let pool = pool(2);
+    let regions = Regions::new(vec![pool.clone()]).expect("one");
+    let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
+        rings(Depths::new(2, 1, 1), regions, 0);
+    for number in 0..2 {
+        let frame = pool.alloc().expect("a free slot");
+        sq_producer.push(Class::Read, frame, number).expect("a credit");
+    }
+    sq_producer.publish();
+    sq_consumer.ready();
+    let mut taken: Vec<_> = sq_consumer.reads(2).collect();
+    let (second, first) = (taken.pop().expect("two").0, taken.pop().expect("two").0);
+    let mut run = cq_producer.done_reads(1);
+    let first = run.push(first, CAPACITY + 1, 0).expect_err("it is too long");
+    run.push(first, CAPACITY, 0).expect("it fits");
+    let second = run.push(second, 1, 1).expect_err("one was wanted");
+    cq_producer.push(Class::Read, second, 1, Outcome::Cancelled);
+    cq_producer.publish();
+    cq_consumer.ready();
+    let done: Vec<_> = std::iter::from_fn(|| cq_consumer.pop()).collect();
+    let seen: Vec<_> = done.iter().map(|it| (it.user_data, it.len as usize, it.outcome)).collect();
+    assert_eq!(seen, [(0, CAPACITY, Outcome::Done), (1, 0, Outcome::Cancelled)]);
+    drop(done);
+    assert_eq!(pool.slots_out(), 0);
 }
 
 /// Goal: if the device panics while it looks at a write, the write is in one place. Method: a panic at the
