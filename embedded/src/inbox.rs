@@ -193,6 +193,14 @@ fn filled_with(cell_state: u64, index: u32) -> Option<u32> {
     ((cell_state >> 32) as u32 == index && cell_state as u32 != 0).then_some(cell_state as u32)
 }
 
+/// The length of the packet in the posted cell `index`, if the cell is filled, and its state has no flags.
+#[inline(always)]
+fn filled_alone(cell_state: u64, index: u32) -> Option<usize> {
+    // For another index the difference is too large.
+    let len = cell_state.wrapping_sub(filled(index, 0, 0));
+    (len < u64::from(MORE) - 1).then_some(len as usize)
+}
+
 /// How many bytes fit into a posted buffer: those of all its segments, times two, plus one if a header
 /// of a guest is among them.
 #[derive(Clone, Copy)]
@@ -292,6 +300,21 @@ impl InboxState {
 
     fn without(self, flags: u64) -> Self {
         Self(self.0 & !flags)
+    }
+}
+
+/// One of an inbox's arrays, which have an element for each posted cell. A loop over many cells keeps it in
+/// registers: what it writes into buffers might be the inbox itself, for all that the compiler knows.
+struct Cells<'a, T> {
+    cells: &'a [T],
+    mask: usize,
+}
+
+impl<'a, T> Cells<'a, T> {
+    #[inline(always)]
+    fn get(&self, index: u32) -> &'a T {
+        // SAFETY: `build` makes `mask + 1` elements of each array, and neither changes afterwards.
+        unsafe { self.cells.get_unchecked(index as usize & self.mask) }
     }
 }
 
@@ -542,10 +565,8 @@ impl<B: PacketBuffer> Inbox<B> {
             posted,
             published: posted,
             popped: inbox.popped.load(Ordering::Relaxed),
-            lent: 0,
             gaps: 0,
-            has_guests: false,
-            is_small: false,
+            kinds: Kinds::default(),
             short: Short::default(),
             not_sync: PhantomData,
         };
@@ -826,18 +847,28 @@ impl<B: PacketBuffer> Inbox<B> {
         index as usize & self.mask
     }
 
+    /// The states of the posted cells.
+    #[inline(always)]
+    fn cell_states(&self) -> Cells<'_, AtomicU64> {
+        Cells { cells: &self.cell_states, mask: self.mask }
+    }
+
     /// The state of the posted cell `index`.
     #[inline]
     fn cell_state(&self, index: u32) -> &AtomicU64 {
-        // SAFETY: `cell_index` is below the number of cells, and `build` makes as many cell states.
-        unsafe { self.cell_states.get_unchecked(self.cell_index(index)) }
+        self.cell_states().get(index)
+    }
+
+    /// Where the collector keeps the buffers of the posted cells.
+    #[inline(always)]
+    fn buffer_cells(&self) -> Cells<'_, UnsafeCell<Option<B>>> {
+        Cells { cells: &self.buffers, mask: self.mask }
     }
 
     /// Where the collector keeps the buffer of the posted cell `index`.
     #[inline]
     fn buffer_cell(&self, index: u32) -> &UnsafeCell<Option<B>> {
-        // SAFETY: `cell_index` is below the number of cells, and `build` makes as many buffer cells.
-        unsafe { self.buffers.get_unchecked(self.cell_index(index)) }
+        self.buffer_cells().get(index)
     }
 
     /// Where the bytes of a buffer are. The buffer must already be in its buffer cell, where it stays
@@ -854,11 +885,16 @@ impl<B: PacketBuffer> Inbox<B> {
         header.flatten().map(|header| Place { header, ..Place::NOWHERE })
     }
 
+    /// Where the bytes of the buffers of the posted cells are.
+    #[inline(always)]
+    fn buffer_ptrs(&self) -> Cells<'_, UnsafeCell<*mut u8>> {
+        Cells { cells: &self.buffer_ptrs, mask: self.mask }
+    }
+
     /// Where the bytes of the buffer of the posted cell `index` are.
     #[inline]
     fn buffer_ptr(&self, index: u32) -> &UnsafeCell<*mut u8> {
-        // SAFETY: `cell_index` is below the number of cells, and `build` makes as many pointers.
-        unsafe { self.buffer_ptrs.get_unchecked(self.cell_index(index)) }
+        self.buffer_ptrs().get(index)
     }
 
     /// Fills the cells `first..end` with a packet, and hands them over. The caller owns the cells, they
@@ -905,9 +941,15 @@ impl<B: PacketBuffer> Inbox<B> {
     /// if the buffer has become too small. The caller owns the cell.
     #[inline]
     fn copy(&self, index: u32, frame: &[u8]) -> usize {
+        self.copy_to_ptr(self.buffer_ptr(index), index, frame)
+    }
+
+    /// As [`copy`](Self::copy), for a caller that has found the [`buffer_ptr`](Self::buffer_ptr) of `index`.
+    #[inline(always)]
+    fn copy_to_ptr(&self, ptr: &UnsafeCell<*mut u8>, index: u32, frame: &[u8]) -> usize {
         debug_assert!(frame.len() <= self.max_frame);
         self.begin_copy();
-        self.buffer_ptr(index).with_mut(|ptr| {
+        ptr.with_mut(|ptr| {
             // SAFETY: invariant 1: the caller owns the cell until `end_claim` stores its state.
             let ptr = unsafe { *ptr };
             if ptr.is_null() {
@@ -1049,6 +1091,71 @@ impl<B: PacketBuffer> Inbox<B> {
         // Release: pairs with the Acquire in `collect`, `is_ready` and `close`; the bytes are in
         // the buffer.
         self.cell_state(index).store(state, Ordering::Release);
+    }
+
+    /// Ends [`Collector::stage`] for a buffer that has a header, or whose bytes are not this program's own.
+    /// Returns false if it has too few bytes. The cell is the collector's.
+    #[inline(never)]
+    fn stage_other(&self, index: u32, kinds: &mut Kinds) -> bool {
+        let place = self.buffer_cell(index).with_mut(|cell| {
+            // SAFETY: invariant 4: only the collector uses the buffer cells, and it calls this.
+            let cell = unsafe { &mut *cell };
+            cell.as_mut().and_then(|buffer| self.place_of(buffer))
+        });
+        let Some(place) = place else { return false };
+        kinds.has_guests |= !place.guest.is_null();
+        self.store_place(index, &place, kinds.has_guests);
+        if !kinds.is_small && place.room.of_part(true) < self.max_frame {
+            kinds.is_small = true;
+            // AcqRel: as in `change`. It comes before the buffer is published, so whoever claims the
+            // buffer sees it.
+            self.state.fetch_or(SMALL, Ordering::AcqRel);
+        }
+        true
+    }
+
+    /// Returns the buffer that could not be staged. The cell is the collector's.
+    #[cold]
+    #[inline(never)]
+    fn refuse_staged(&self, index: u32) -> Result<(), B> {
+        let buffer = self.buffer_cell(index).with_mut(|cell| {
+            // SAFETY: invariant 4: only the collector uses the buffer cells, and it calls this.
+            unsafe { (*cell).take() }
+        });
+        buffer.map_or(Ok(()), Err)
+    }
+
+    /// Stores where the bytes of the buffer of cell `index` are. The cell must be the collector's.
+    fn store_place(&self, index: u32, place: &Place, has_guests: bool) {
+        store_buffer_ptr(self.buffer_ptr(index), place.bytes);
+        if let Some(stored) = self.header_ptrs.get(self.cell_index(index)) {
+            // SAFETY: invariant 1: as in `store_buffer_ptr`.
+            stored.with_mut(|stored| unsafe { *stored = place.header });
+        }
+        if place.bytes.is_null() || has_guests {
+            self.store_guest(index, place.guest);
+            self.store_room(index, place.room);
+        }
+    }
+
+    /// Stores where the guest's buffer of cell `index` is. The cell must be the collector's. As with the
+    /// pointers to bytes, what has not changed is not written.
+    fn store_guest(&self, index: u32, guest: *const GuestBuffer) {
+        // SAFETY: invariant 1: as in `store_buffer_ptr`.
+        self.guests[self.cell_index(index)].with_mut(|stored| unsafe {
+            if *stored != guest {
+                *stored = guest;
+            }
+        });
+    }
+
+    /// Stores the room of the buffer of cell `index`, if it has changed. The cell must be the collector's.
+    fn store_room(&self, index: u32, room: Room) {
+        let stored = &self.rooms[self.cell_index(index)];
+        // Relaxed, both: only the collector stores, and `publish` shows it to the senders.
+        if stored.load(Ordering::Relaxed) != room.0 {
+            stored.store(room.0, Ordering::Relaxed);
+        }
     }
 
     /// The bytes of an overflow cell in front of the packet.
@@ -1194,8 +1301,31 @@ impl<'a, B: PacketBuffer> Claim<'a, B> {
             return false;
         }
         let len = self.inbox.copy(self.next, frame);
-        self.end_packet(len);
+        self.end_packet(self.inbox.cell_state(self.next), len);
         true
+    }
+
+    /// Fills the next buffers with `frames`, until one is longer than `longest` or than the claim was made
+    /// for, or no buffer is left. Returns how many frames there were, and their bytes.
+    #[inline(always)]
+    pub fn fill_all<'f>(
+        &mut self,
+        frames: impl Iterator<Item = &'f [u8]>,
+        longest: usize,
+    ) -> (usize, u64) {
+        let (inbox, left, longest) = (self.inbox, self.left(), longest.min(self.longest));
+        let (ptrs, states) = (inbox.buffer_ptrs(), inbox.cell_states());
+        let (mut count, mut bytes) = (0, 0);
+        for frame in frames {
+            if count == left || frame.len() > longest {
+                break;
+            }
+            let len = inbox.copy_to_ptr(ptrs.get(self.next), self.next, frame);
+            self.end_packet(states.get(self.next), len);
+            count += 1;
+            bytes += frame.len() as u64;
+        }
+        (count, bytes)
     }
 
     /// As [`fill`](Self::fill), for a packet that may be in the memory of a guest.
@@ -1205,7 +1335,7 @@ impl<'a, B: PacketBuffer> Claim<'a, B> {
             return false;
         }
         let len = self.inbox.copy_part(self.next, packet, 0..packet.len(), Some(1), None);
-        self.end_packet(len);
+        self.end_packet(self.inbox.cell_state(self.next), len);
         true
     }
 
@@ -1221,7 +1351,7 @@ impl<'a, B: PacketBuffer> Claim<'a, B> {
             && frame.len() <= self.longest
             && self.inbox.copy_guest(self.next, frame, header).is_some()
         {
-            self.end_packet(frame.len());
+            self.end_packet(self.inbox.cell_state(self.next), frame.len());
             return true;
         }
         self.fill_other_guest(frame, header)
@@ -1238,12 +1368,13 @@ impl<'a, B: PacketBuffer> Claim<'a, B> {
         self.fill_packet(Packet::with_header(frame, header))
     }
 
-    /// Counts a buffer as filled.
+    /// Counts the next buffer as filled. `cell` is where its state is stored.
     #[inline(always)]
-    fn end_packet(&mut self, len: usize) {
+    fn end_packet(&mut self, cell: &AtomicU64, len: usize) {
         let state = filled(self.next, len, 0);
         if len <= SHORT_PACKET && self.handed == self.next {
-            self.inbox.end_claim(self.next, state);
+            // Release: as in `end_claim`.
+            cell.store(state, Ordering::Release);
             self.next = self.next.wrapping_add(1);
             self.handed = self.next;
             return;
@@ -1282,6 +1413,34 @@ impl<B: PacketBuffer> Drop for Claim<'_, B> {
     }
 }
 
+/// Takes the buffer out of a cell that is the collector's, who calls this.
+#[inline(always)]
+fn take_from<B>(cell: &UnsafeCell<Option<B>>, ptr: &UnsafeCell<*mut u8>) -> Option<B> {
+    // This access lets loom see whether a sender still writes.
+    ptr.with_mut(|_| ());
+    cell.with_mut(|cell| {
+        // SAFETY: invariant 4: only the collector uses the buffer cells. The callers have made sure that
+        // no sender writes through the buffer pointer any more: the cell is filled, or was never claimed
+        // (invariant 1).
+        unsafe { (*cell).take() }
+    })
+}
+
+/// Stores where the bytes of a cell's buffer are. The cell must be the collector's.
+#[inline(always)]
+fn store_buffer_ptr(stored: &UnsafeCell<*mut u8>, ptr: *mut u8) {
+    stored.with_mut(|stored| {
+        // SAFETY: invariant 1: the callers, which stage or hold the cell, pass one that no sender can
+        // claim now, so it is the collector's, who calls this. A pointer that has not changed is not
+        // written, so that its cache line stays with the senders.
+        unsafe {
+            if *stored != ptr {
+                *stored = ptr;
+            }
+        }
+    });
+}
+
 /// Where a buffer's bytes are, if there are enough of them. The buffer must already be in its
 /// buffer cell, where it stays (invariant 4).
 fn checked_ptr<B: AsMut<[u8]>>(buffer: &mut B, max_frame: usize) -> Option<*mut u8> {
@@ -1310,16 +1469,20 @@ pub struct Collector<B: PacketBuffer> {
     published: u32,
     /// The value of `inbox.popped`.
     popped: u32,
-    /// The number of buffers in the inbox.
-    lent: usize,
     /// The number of posted, uncollected cells whose buffer was taken back.
     gaps: u32,
+    kinds: Kinds,
+    short: Short,
+    not_sync: PhantomData<core::cell::Cell<()>>,
+}
+
+/// Which kinds of buffers a collector has posted.
+#[derive(Default)]
+struct Kinds {
     /// Whether a guest's buffer was ever posted. If not, each room is [`Room::ANY`].
     has_guests: bool,
     /// Whether the state has [`SMALL`].
     is_small: bool,
-    short: Short,
-    not_sync: PhantomData<core::cell::Cell<()>>,
 }
 
 /// What a collector knows of a frame in the overflow ring for which too few buffers are posted.
@@ -1334,7 +1497,7 @@ struct Short {
 
 impl<B: PacketBuffer> fmt::Debug for Collector<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Collector").field("posted", &self.lent).finish_non_exhaustive()
+        f.debug_struct("Collector").field("posted", &self.posted()).finish_non_exhaustive()
     }
 }
 
@@ -1351,7 +1514,7 @@ impl<B: PacketBuffer> Collector<B> {
 
     /// How many buffers are in the inbox, whether filled or not.
     pub fn posted(&self) -> usize {
-        self.lent
+        self.posted.wrapping_sub(self.collected).wrapping_sub(self.gaps) as usize
     }
 
     /// Whether there is no cell for another buffer, so that [`post`](Self::post) would fail.
@@ -1378,113 +1541,54 @@ impl<B: PacketBuffer> Collector<B> {
     /// # Errors
     ///
     /// Returns the buffer in the cases in which [`post`](Self::post) does.
-    #[inline(always)]
+    #[inline]
     pub fn stage(&mut self, buffer: B) -> Result<(), B> {
         if self.is_full() {
             return Err(buffer);
         }
-        let inbox = &*self.inbox;
-        let ptr = inbox.buffer_cell(self.posted).with_mut(|cell| {
-            // SAFETY: invariant 4: only the collector uses the buffer cells, and `&mut self` is it.
-            let cell = unsafe { &mut *cell };
-            // The cell is empty, so `forget` leaks nothing.
-            core::mem::forget(cell.replace(buffer));
-            cell.as_mut().and_then(|buffer| checked_ptr(buffer, inbox.least_bytes))
-        });
-        match ptr {
-            Some(ptr) => {
-                self.store_buffer_ptr(self.posted, ptr);
-                if self.has_guests {
-                    self.store_room(self.posted, Room::ANY);
-                }
-            }
-            None if self.stage_other() => {}
-            None => return self.refuse_staged(),
-        }
-        self.posted = self.posted.wrapping_add(1);
-        self.lent += 1;
-        Ok(())
+        let mut buffer = Some(buffer);
+        self.stage_all(|| buffer.take())
     }
 
-    /// Ends [`stage`](Self::stage) for a buffer that has a header, or whose bytes are not this
-    /// program's own. Returns false if it has too few bytes.
-    #[inline(never)]
-    fn stage_other(&mut self) -> bool {
-        let index = self.posted;
-        let place = self.inbox.buffer_cell(index).with_mut(|cell| {
-            // SAFETY: invariant 4: only the collector uses the buffer cells, and `&mut self` is it.
-            let cell = unsafe { &mut *cell };
-            cell.as_mut().and_then(|buffer| self.inbox.place_of(buffer))
-        });
-        let Some(place) = place else { return false };
-        self.has_guests |= !place.guest.is_null();
-        self.store_place(index, &place);
-        if !self.is_small && place.room.of_part(true) < self.inbox.max_frame {
-            self.is_small = true;
-            // AcqRel: as in `change`. It comes before the buffer is published, so whoever claims the
-            // buffer sees it.
-            self.inbox.state.fetch_or(SMALL, Ordering::AcqRel);
-        }
-        true
-    }
-
-    /// Returns the buffer that could not be staged.
-    #[cold]
-    #[inline(never)]
-    fn refuse_staged(&mut self) -> Result<(), B> {
-        let buffer = self.inbox.buffer_cell(self.posted).with_mut(|cell| {
-            // SAFETY: invariant 4: only the collector uses the buffer cells, and `&mut self` is it.
-            unsafe { (*cell).take() }
-        });
-        buffer.map_or(Ok(()), Err)
-    }
-
-    /// Stores where the bytes of the buffer of cell `index` are. The cell must be the collector's.
-    fn store_place(&self, index: u32, place: &Place) {
-        self.store_buffer_ptr(index, place.bytes);
-        if let Some(stored) = self.inbox.header_ptrs.get(self.inbox.cell_index(index)) {
-            // SAFETY: invariant 1: as in `store_buffer_ptr`.
-            stored.with_mut(|stored| unsafe { *stored = place.header });
-        }
-        if place.bytes.is_null() || self.has_guests {
-            self.store_guest(index, place.guest);
-            self.store_room(index, place.room);
-        }
-    }
-
-    /// Stores where the guest's buffer of cell `index` is. The cell must be the collector's. As with the
-    /// pointers to bytes, what has not changed is not written.
-    fn store_guest(&self, index: u32, guest: *const GuestBuffer) {
-        // SAFETY: invariant 1: as in `store_buffer_ptr`.
-        self.inbox.guests[self.inbox.cell_index(index)].with_mut(|stored| unsafe {
-            if *stored != guest {
-                *stored = guest;
-            }
-        });
-    }
-
-    /// Stores the room of the buffer of cell `index`, if it has changed.
-    fn store_room(&self, index: u32, room: Room) {
-        let stored = &self.inbox.rooms[self.inbox.cell_index(index)];
-        // Relaxed, both: only the collector stores, and `publish` shows it to the senders.
-        if stored.load(Ordering::Relaxed) != room.0 {
-            stored.store(room.0, Ordering::Relaxed);
-        }
-    }
-
-    /// Stores where the bytes of the buffer of cell `index` are. The cell must be the collector's.
+    /// Stages the buffers that `next` returns, until it returns `None` or the inbox [is
+    /// full](Self::is_full).
+    ///
+    /// # Errors
+    ///
+    /// Returns the buffer that has fewer bytes than [`Inbox::max_frame`] and is not in the memory of a
+    /// guest. Those before it are staged.
     #[inline(always)]
-    fn store_buffer_ptr(&self, index: u32, ptr: *mut u8) {
-        self.inbox.buffer_ptr(index).with_mut(|stored| {
-            // SAFETY: invariant 1: the callers, which stage or hold the cell, pass one that no
-            // sender can claim now, so it is ours. A pointer that has not changed is not written,
-            // so that its cache line stays with the senders.
-            unsafe {
-                if *stored != ptr {
-                    *stored = ptr;
+    pub fn stage_all(&mut self, mut next: impl FnMut() -> Option<B>) -> Result<(), B> {
+        let Self { inbox, collected, posted, kinds, .. } = self;
+        let inbox = &**inbox;
+        let (cells, ptrs, least_bytes) =
+            (inbox.buffer_cells(), inbox.buffer_ptrs(), inbox.least_bytes);
+        let end = collected.wrapping_add(inbox.buffer_ptrs.len() as u32);
+        let mut index = *posted;
+        while index != end
+            && let Some(buffer) = next()
+        {
+            let ptr = cells.get(index).with_mut(|cell| {
+                // SAFETY: invariant 4: only the collector uses the buffer cells, and `&mut self` is it.
+                let cell = unsafe { &mut *cell };
+                // The cell is empty, so `forget` leaks nothing.
+                core::mem::forget(cell.replace(buffer));
+                cell.as_mut().and_then(|buffer| checked_ptr(buffer, least_bytes))
+            });
+            match ptr {
+                Some(ptr) => {
+                    store_buffer_ptr(ptrs.get(index), ptr);
+                    if kinds.has_guests {
+                        inbox.store_room(index, Room::ANY);
+                    }
                 }
+                None if inbox.stage_other(index, kinds) => {}
+                None => return inbox.refuse_staged(index),
             }
-        });
+            index = index.wrapping_add(1);
+            *posted = index;
+        }
+        Ok(())
     }
 
     /// Shows the senders all buffers that were [staged](Self::stage), with one store.
@@ -1533,6 +1637,38 @@ impl<B: PacketBuffer> Collector<B> {
         Some(Collected { buffer, len, more, overflow })
     }
 
+    /// Takes the next packets out, at most `most`, and gives each buffer to `each` with the packet's
+    /// length, as long as `each` returns `Ok` and each packet is in one buffer and has not waited in the
+    /// overflow ring. [`collect`](Self::collect) takes any other. Returns how many were taken, and what
+    /// `each` has returned instead of `Ok`.
+    #[inline(always)]
+    pub fn collect_run<R>(
+        &mut self,
+        most: u32,
+        mut each: impl FnMut(B, usize) -> Result<(), R>,
+    ) -> (u32, Option<R>) {
+        let Self { inbox, collected, posted, gaps, .. } = self;
+        let (states, ptrs, cells) =
+            (inbox.cell_states(), inbox.buffer_ptrs(), inbox.buffer_cells());
+        let first = *collected;
+        // Cells whose buffer was taken back would have to be stepped over.
+        let most = if *gaps == 0 { posted.wrapping_sub(first).min(most) } else { 0 };
+        for taken in 0..most {
+            let index = first.wrapping_add(taken);
+            // Acquire: pairs with the Release in `end_claim`; the sender's copy is complete.
+            let cell_state = states.get(index).load(Ordering::Acquire);
+            let Some(len) = filled_alone(cell_state, index) else { return (taken, None) };
+            let Some(buffer) = take_from(cells.get(index), ptrs.get(index)) else {
+                return (taken, None);
+            };
+            *collected = index.wrapping_add(1);
+            if let Err(refused) = each(buffer, len) {
+                return (taken + 1, Some(refused));
+            }
+        }
+        (most, None)
+    }
+
     /// Steps over the next cells, as long as their buffer was taken back. A recall leaves such
     /// cells behind if older cells were claimed.
     #[cold]
@@ -1564,16 +1700,7 @@ impl<B: PacketBuffer> Collector<B> {
     /// Takes the buffer out of a cell that is the collector's.
     #[inline(always)]
     fn take_from(&mut self, index: u32) -> Option<B> {
-        // This access lets loom see whether a sender still writes.
-        self.inbox.buffer_ptr(index).with_mut(|_| ());
-        let buffer = self.inbox.buffer_cell(index).with_mut(|cell| {
-            // SAFETY: invariant 4: only the collector uses the buffer cells, and `&mut self` is it.
-            // The callers have made sure that no sender writes through the buffer pointer any more:
-            // the cell is filled, or was never claimed (invariant 1).
-            unsafe { (*cell).take() }
-        });
-        self.lent -= usize::from(buffer.is_some());
-        buffer
+        take_from(self.inbox.buffer_cell(index), self.inbox.buffer_ptr(index))
     }
 
     /// Moves the oldest frame of the overflow ring into the oldest posted buffers, if there are both
@@ -1695,7 +1822,6 @@ impl<B: PacketBuffer> Collector<B> {
                 if cell.as_mut().is_some_and(&mut matches) { cell.take() } else { None }
             });
             if let Some(buffer) = buffer {
-                held.collector.lent -= 1;
                 held.collector.gaps += 1;
                 held.taken += 1;
                 f(buffer);
@@ -1733,7 +1859,10 @@ impl<B: PacketBuffer> Collector<B> {
 
     /// Drops the frames at the front of the overflow ring for which the posted buffers are too few.
     fn drop_short(&mut self) {
-        while self.is_small && self.inbox.overflowing.load(Ordering::Relaxed) && !self.is_ready() {
+        while self.kinds.is_small
+            && self.inbox.overflowing.load(Ordering::Relaxed)
+            && !self.is_ready()
+        {
             self.short.looks = SHORT_LOOKS;
             self.short.posted = self.posted;
             if !self.fill_from_overflow() {
@@ -1836,9 +1965,9 @@ impl<B: PacketBuffer> Collector<B> {
         // Release: pairs with the Acquire in `deliver`; we no longer read the cells.
         self.inbox.popped.store(self.popped, Ordering::Release);
         self.inbox.overflowing.store(false, Ordering::Relaxed);
-        if self.has_guests {
+        if self.kinds.has_guests {
             self.inbox.rooms.iter().for_each(|room| room.store(Room::ANY.0, Ordering::Relaxed));
-            (self.has_guests, self.is_small) = (false, false);
+            self.kinds = Kinds::default();
         }
         // Release: pairs with the Acquire in `deliver` and `claim` of senders that come after a
         // `reopen`.
@@ -1848,8 +1977,8 @@ impl<B: PacketBuffer> Collector<B> {
 
     /// Begins a period: moves the indices on by one. The inbox is closed, and no buffer is in it.
     fn begin_period(&mut self) {
-        assert_eq!(self.lent, 0, "a period begins without buffers");
-        debug_assert_eq!((self.collected, self.gaps), (self.posted, 0));
+        let (lent, left) = (self.posted(), self.posted.wrapping_sub(self.collected));
+        assert_eq!((lent, left), (0, 0), "a period begins without buffers");
         // Nobody else changes the state of a closed inbox. Acquire: pairs with the Release in
         // `change`, as in `discard`.
         let state = InboxState(self.inbox.state.load(Ordering::Acquire));
@@ -1969,7 +2098,7 @@ impl<B: PacketBuffer> Drop for Held<'_, B> {
                     let ask = AssertUnwindSafe(|| inbox.place_of(buffer).unwrap_or(Place::NOWHERE));
                     catch_unwind(ask).unwrap_or(Place::NOWHERE)
                 });
-                self.collector.store_place(free, &place);
+                inbox.store_place(free, &place, self.collector.kinds.has_guests);
             }
         }
         // Relaxed: `change` below acquires.

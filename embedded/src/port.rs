@@ -293,6 +293,17 @@ impl<B: PacketBuffer> Receiver<B> {
         self.end.collector.stage(buffer)
     }
 
+    /// Stages the buffers that `next` returns; see
+    /// [`Collector::stage_all`](crate::inbox::Collector::stage_all).
+    ///
+    /// # Errors
+    ///
+    /// Returns a buffer that has too few bytes, as [`post`](Self::post) does.
+    #[inline(always)]
+    pub fn stage_all(&mut self, next: impl FnMut() -> Option<B>) -> Result<(), B> {
+        self.end.collector.stage_all(next)
+    }
+
     /// Shows the senders all buffers that were [staged](Self::stage), with one store.
     #[inline]
     pub fn publish(&mut self) {
@@ -337,6 +348,25 @@ impl<B: PacketBuffer> Receiver<B> {
         }
         add(&received.bytes, packet.len as u64);
         Some(packet)
+    }
+
+    /// Takes the next packets, as long as each is in one buffer and has not waited; see
+    /// [`Collector::collect_run`](crate::inbox::Collector::collect_run). They are counted together.
+    #[inline(always)]
+    pub fn collect_run<R>(
+        &mut self,
+        most: u32,
+        mut each: impl FnMut(B, usize) -> Result<(), R>,
+    ) -> (u32, Option<R>) {
+        let mut bytes = 0;
+        let collected = self.end.collector.collect_run(most, |buffer, len| {
+            bytes += len as u64;
+            each(buffer, len)
+        });
+        let received = &self.end.received;
+        add(&received.direct, collected.0.into());
+        add(&received.bytes, bytes);
+        collected
     }
 
     /// Takes back every posted buffer that no sender has claimed; see [`Collector::recall`](crate::inbox::Collector::recall).
@@ -1144,6 +1174,15 @@ impl<B: PacketBuffer> Run<'_, B> {
         let done = frame.len() <= self.longest && self.claim.fill(frame);
         self.count(done, frame.len());
         done
+    }
+
+    /// Copies the next frames to the port, as [`put`](Self::put) does, until one is too long or no frame is
+    /// left to put. Returns how many there were.
+    #[inline(always)]
+    pub fn put_all<'f>(&mut self, frames: impl Iterator<Item = &'f [u8]>) -> usize {
+        let (count, bytes) = self.claim.fill_all(frames, self.longest);
+        (self.packets, self.bytes) = (self.packets + count as u64, self.bytes + bytes);
+        count
     }
 
     /// As [`put`](Self::put), for a packet in the memory of a guest. The receiver gets the run's

@@ -82,7 +82,11 @@ enum Step {
     Deliver(Vec<u8>),
     /// Delivers several short frames by one claim, and the rest one by one.
     DeliverAll(Vec<u8>),
+    /// As `DeliverAll`, but the frames of the claim are given to it together.
+    FillAll(Vec<u8>),
     Collect,
+    /// Collects several packets together, until the callee refuses the one with this number.
+    CollectRun(u32, usize),
     Recall,
     /// Takes back the buffers whose number leaves this remainder.
     RecallIf(u32),
@@ -98,7 +102,9 @@ fn step() -> impl Strategy<Value = Step> {
         8 => Just(Step::Post),
         10 => prop::collection::vec(any::<u8>(), 0..=MAX_FRAME + 1).prop_map(Step::Deliver),
         3 => prop::collection::vec(any::<u8>(), 1..6).prop_map(Step::DeliverAll),
+        3 => prop::collection::vec(any::<u8>(), 1..6).prop_map(Step::FillAll),
         8 => Just(Step::Collect),
+        4 => (0u32..6, 0usize..6).prop_map(|(most, refused)| Step::CollectRun(most, refused)),
         1 => Just(Step::Recall),
         2 => (0u32..3).prop_map(Step::RecallIf),
         2 => Just(Step::Arm),
@@ -136,7 +142,16 @@ proptest! {
                 Step::Post => {
                     let full = model.free.len() + model.filled.len() >= model.depth;
                     prop_assert_eq!(collector.is_full(), full);
-                    match collector.post(buffer(next)) {
+                    let posted = if next % 2 == 0 {
+                        collector.post(buffer(next))
+                    } else {
+                        // A full inbox does not ask for a buffer.
+                        let mut offered = Some(buffer(next));
+                        let staged = collector.stage_all(|| offered.take());
+                        collector.publish();
+                        staged.and_then(|()| offered.map_or(Ok(()), Err))
+                    };
+                    match posted {
                         Ok(()) => {
                             prop_assert!(!full);
                             model.free.push_back(next);
@@ -165,6 +180,34 @@ proptest! {
                             _ => prop_assert_eq!(inbox.deliver(&[byte]), expected),
                         }
                     }
+                }
+                Step::FillAll(bytes) => {
+                    let frames: Vec<_> = bytes.into_iter().map(|byte| vec![byte]).collect();
+                    let claim = inbox.claim(frames.len());
+                    let free = if model.closed || !model.waiting.is_empty() { 0 } else { model.free.len() };
+                    let count = free.min(frames.len());
+                    prop_assert_eq!(claim.as_ref().map_or(0, |claim| claim.left()), count);
+                    if let Some(mut claim) = claim {
+                        let too_short = claim.fill_all(frames.iter().map(Vec::as_slice), 0);
+                        prop_assert_eq!(too_short, (0, 0));
+                        let filled = claim.fill_all(frames.iter().map(Vec::as_slice), 1);
+                        prop_assert_eq!(filled, (count, count as u64));
+                    }
+                    for frame in frames.into_iter().take(count) {
+                        prop_assert_eq!(model.deliver(frame), Delivery::Direct);
+                    }
+                }
+                Step::CollectRun(most, refused) => {
+                    let mut got = Vec::new();
+                    let (count, last) = collector.collect_run(most, |buffer, len| {
+                        got.push((buffer.number, buffer.bytes[..len].to_vec()));
+                        if got.len() > refused { Err(buffer.number) } else { Ok(()) }
+                    });
+                    let wanted = (most as usize).min(model.filled.len()).min(refused + 1);
+                    let expected: Vec<_> = model.filled.drain(..wanted).collect();
+                    prop_assert_eq!(count as usize, wanted);
+                    prop_assert_eq!(last, (wanted > refused).then(|| expected[refused].0));
+                    prop_assert_eq!(got, expected);
                 }
                 Step::Collect => {
                     let got = collector.collect().map(|packet| {
