@@ -3,7 +3,9 @@
 
 use std::sync::Arc;
 
-use vmring_core::{Buffer, Class, CqProducer, GUEST, Outcome, SqConsumer};
+use vmring_core::{
+    Buffer, Class, CqProducer, DoneReads, GUEST, LeadingFrames, Outcome, SqConsumer,
+};
 
 use crate::Status;
 use crate::device::bounce::{Bounce, Bounced};
@@ -174,6 +176,34 @@ impl Completions {
         ended as usize
     }
 
+    /// Shows the oldest writes of the SQ, as long as they are `like` the first; see
+    /// [`SqConsumer::with_leading_frames`].
+    #[inline(always)]
+    pub(super) fn with_leading_frames<R>(
+        &mut self,
+        sq_consumer: &mut SqConsumer,
+        most: u32,
+        like: impl FnMut(&Buffer, &[u8]) -> bool,
+        with: impl FnOnce(&mut FrameWrites<'_, '_>) -> R,
+    ) -> (usize, R) {
+        let Self { cq_producer, batch, .. } = self;
+        sq_consumer.with_leading_frames(cq_producer, most, like, |frames| {
+            let mut writes = FrameWrites { frames, ended: 0, bytes: 0 };
+            let result = with(&mut writes);
+            let FrameWrites { ended, bytes, .. } = writes;
+            batch.tx_packets += ended as u32;
+            batch.tx_bytes += bytes;
+            (ended, result)
+        })
+    }
+
+    /// Completes reads one after the other, at most `most`. `ring` is the number of the ring.
+    #[inline(always)]
+    pub(super) fn filled_reads(&mut self, ring: u32, most: u32) -> FilledReads<'_> {
+        let Self { cq_producer, batch, .. } = self;
+        FilledReads { done: cq_producer.done_reads(most), batch, ring, packets: 0, bytes: 0 }
+    }
+
     /// Completes a read that has a part of a packet. The rest is in the `more` next ones.
     pub(super) fn push_part(&mut self, buffer: Buffer, user_data: u64, more: u16) {
         self.batch.rx_bytes += buffer.len() as u64;
@@ -300,5 +330,80 @@ impl Completions {
     /// The number of writes that have skipped their completion.
     pub(crate) fn skipped(&self) -> u32 {
         self.cq_producer.skipped()
+    }
+}
+
+/// The oldest writes, which may be sent together; see [`PollContext::with_leading_frames`].
+///
+/// [`PollContext::with_leading_frames`]: crate::device::PollContext::with_leading_frames
+pub(crate) struct FrameWrites<'a, 'q> {
+    frames: &'a mut LeadingFrames<'q>,
+    ended: usize,
+    bytes: u64,
+}
+
+impl FrameWrites<'_, '_> {
+    /// How many there are.
+    #[inline(always)]
+    pub(crate) fn len(&self) -> usize {
+        self.frames.len()
+    }
+
+    /// Their packets, oldest first.
+    #[inline(always)]
+    pub(crate) fn packets(&self) -> impl Iterator<Item = &[u8]> {
+        self.frames.packets()
+    }
+
+    /// Completes the first `count`, whose packets have been sent.
+    #[inline(always)]
+    pub(crate) fn end(&mut self, count: usize) {
+        self.bytes += self.packets().take(count).map(|packet| packet.len() as u64).sum::<u64>();
+        self.ended += count.min(self.len());
+        self.frames.end(count);
+    }
+}
+
+/// Completes reads of one ring one after the other; see [`PollContext::filled_reads`]. They are counted when
+/// this is dropped.
+///
+/// [`PollContext::filled_reads`]: crate::device::PollContext::filled_reads
+pub(crate) struct FilledReads<'a> {
+    done: DoneReads<'a>,
+    batch: &'a mut Batch,
+    ring: u32,
+    packets: u32,
+    bytes: u64,
+}
+
+impl Drop for FilledReads<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        self.batch.rx_packets += self.packets;
+        self.batch.rx_bytes += self.bytes;
+    }
+}
+
+impl FilledReads<'_> {
+    /// Completes a read whose frame now holds a packet of `len` bytes.
+    ///
+    /// # Errors
+    ///
+    /// Returns the slot if it has to be completed by itself.
+    #[inline(always)]
+    pub(crate) fn push(&mut self, slot: PostedSlot, len: usize) -> Result<(), PostedSlot> {
+        // A slot with flags has another number.
+        if slot.ring != self.ring || slot.class != Class::Read {
+            return Err(slot);
+        }
+        let (buffer, user_data, class) = slot.into_buffer();
+        match self.done.push(buffer, len, user_data) {
+            Ok(()) => {
+                self.packets += 1;
+                self.bytes += len as u64;
+                Ok(())
+            }
+            Err(buffer) => Err(PostedSlot::new(buffer, user_data, self.ring, class)),
+        }
     }
 }

@@ -3,10 +3,10 @@
 use std::collections::VecDeque;
 use std::fmt;
 
-use vmring_core::{Buffer, Class, GUEST, Outcome, SKIP_SUCCESS, SqConsumer, offload};
+use vmring_core::{Buffer, Class, GUEST, Outcome, Reads, SKIP_SUCCESS, SqConsumer, offload};
 
 use crate::device::bounce::{Bounced, end_plain_read, end_read, set_count, set_part_len};
-use crate::device::completions::Completions;
+use crate::device::completions::{Completions, FilledReads, FrameWrites};
 use crate::device::slot::{BOUNCED, FLAGS, PostedSlot, class_index};
 use crate::error::{EntryError, Status};
 use crate::fifo::Fifo;
@@ -149,6 +149,49 @@ impl<'a> PollContext<'a> {
         let ended = completions.end_writes(sq_consumer, clamped(most), send);
         self.left[1] -= ended;
         ended
+    }
+
+    /// Shows the oldest writes, as long as they are of frames and `like` returns true for each: `with`
+    /// sends their packets and completes them. Returns `None`, without a call of `with`, if the oldest
+    /// write is not such a one, or as [`end_writes`](Self::end_writes) does nothing.
+    ///
+    /// It finds each packet once, for a device that has to know how many there are before it sends the
+    /// first.
+    #[inline(always)]
+    pub(crate) fn with_leading_frames<R>(
+        &mut self,
+        like: impl FnMut(&Buffer, &[u8]) -> bool,
+        with: impl FnOnce(&mut FrameWrites<'_, '_>) -> R,
+    ) -> Option<R> {
+        let most = clamped(self.left[1]);
+        let (sq_consumer, completions) = self.queues()?;
+        let (ended, result) = completions.with_leading_frames(sq_consumer, most, like, |writes| {
+            (writes.len() > 0).then(|| with(writes))
+        });
+        self.left[1] -= ended;
+        result
+    }
+
+    /// The oldest reads, as long as no write is between them. Those that the iterator yields are taken.
+    /// `None` if there are older ones than those in the SQ, or none can be there.
+    #[inline(always)]
+    pub(crate) fn submitted_reads(&mut self) -> Option<SubmittedReads<'_>> {
+        if !self.posted.reads.is_empty() {
+            return None;
+        }
+        let Self { ring, sq_consumer, left: [left, _], .. } = self;
+        let reads = sq_consumer.as_deref_mut()?.reads(clamped(*left));
+        Some(SubmittedReads { reads, ring: *ring, taken: 0, left })
+    }
+
+    /// Completes reads with packets in their frames one after the other, at most `most`. What has to be
+    /// completed by itself comes back. Returns `None` in a wrapper's inner queue.
+    #[inline(always)]
+    pub(crate) fn filled_reads(&mut self, most: u32) -> Option<FilledReads<'_>> {
+        match &mut self.sink {
+            Sink::Ring(completions) => Some(completions.filled_reads(self.ring, most)),
+            Sink::Relay(_) => None,
+        }
     }
 
     /// Completes the oldest submissions, as long as they are a write and the read behind it, each pair
@@ -544,6 +587,33 @@ impl Posted {
             let class = sqe.class();
             self.list(class).push_back_with(|| PostedSlot::from_sqe(sqe, ring, class));
         }
+    }
+}
+
+/// Reads that are taken out of the SQ; see [`PollContext::submitted_reads`].
+pub(crate) struct SubmittedReads<'a> {
+    reads: Reads<'a>,
+    ring: u32,
+    taken: usize,
+    /// How many reads the call may still take, without those in `taken`.
+    left: &'a mut usize,
+}
+
+impl Drop for SubmittedReads<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        *self.left -= self.taken;
+    }
+}
+
+impl Iterator for SubmittedReads<'_> {
+    type Item = PostedSlot;
+
+    #[inline(always)]
+    fn next(&mut self) -> Option<PostedSlot> {
+        let (buffer, user_data) = self.reads.next()?;
+        self.taken += 1;
+        Some(PostedSlot::new(buffer, user_data, self.ring, Class::Read))
     }
 }
 

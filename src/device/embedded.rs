@@ -748,6 +748,14 @@ fn send<const MAY_ASK: bool>(
     offloads: &Offloads,
 ) {
     loop {
+        match send_frames::<MAY_ASK>(cx, tx, max) {
+            Some(Ok(())) => continue,
+            Some(Err(NotClaimed { count })) => {
+                send_singly(cx, tx, count, offloads);
+                continue;
+            }
+            None => {}
+        }
         let mut first = None;
         let wanted = cx.leading_writes(|packet| {
             let header = ethernet_of(packet, max).filter(|_| !MAY_ASK || !asks(packet));
@@ -767,6 +775,39 @@ fn send<const MAY_ASK: bool>(
         }
     }
     tx.flush();
+}
+
+/// No buffers can be claimed for a run of `count` writes together.
+struct NotClaimed {
+    count: usize,
+}
+
+/// Sends the oldest writes together, if they are of frames, begin with the same Ethernet header and leave no
+/// work to others. Returns `None` if the oldest is not such a one.
+#[inline(always)]
+fn send_frames<const MAY_ASK: bool>(
+    cx: &mut PollContext<'_>,
+    tx: &mut Sender<PostedSlot>,
+    max: usize,
+) -> Option<Result<(), NotClaimed>> {
+    let mut first = None;
+    let is_like = |buffer: &Buffer, packet: &[u8]| match packet.first_chunk().map(Header::new) {
+        Some(header) if packet.len() <= max && (!MAY_ASK || !asks(buffer)) => {
+            *first.get_or_insert(header) == header
+        }
+        _ => false,
+    };
+    let sent = cx.with_leading_frames(is_like, |writes| {
+        let count = writes.len();
+        let header = *writes.packets().next()?.first_chunk()?;
+        let run = tx.run(header, count, |each| {
+            writes.packets().take_while(|packet| each(NextFrame::Bytes(packet))).for_each(drop);
+        });
+        let sent = run.map(|mut run| run.put_all(writes.packets())).filter(|sent| *sent > 0);
+        writes.end(sent.unwrap_or(0));
+        Some(sent.map(drop).ok_or(NotClaimed { count }))
+    });
+    sent.flatten()
 }
 
 /// Sends writes of a run that [`PollContext::end_writes`] has left.
@@ -955,14 +996,33 @@ impl InboxEnd for Receiver<PostedSlot> {
         Receiver::stage(self, slot)
     }
 
+    #[inline(always)]
+    fn stage_all(&mut self, next: impl FnMut() -> Option<PostedSlot>) -> Result<(), PostedSlot> {
+        Receiver::stage_all(self, next)
+    }
+
     #[inline]
     fn publish(&mut self) {
         Receiver::publish(self);
     }
 
     #[inline(always)]
+    fn posted(&self) -> usize {
+        Receiver::posted(self)
+    }
+
+    #[inline(always)]
     fn collect(&mut self) -> Option<Collected<PostedSlot>> {
         Receiver::collect_part(self)
+    }
+
+    #[inline(always)]
+    fn collect_run<R>(
+        &mut self,
+        most: u32,
+        each: impl FnMut(PostedSlot, usize) -> Result<(), R>,
+    ) -> (u32, Option<R>) {
+        Receiver::collect_run(self, most, each)
     }
 
     fn recall(&mut self, f: &mut dyn FnMut(PostedSlot)) {

@@ -14,8 +14,19 @@ use vmring_embedded::limits::GROUP_MAX;
 pub(crate) trait InboxEnd: Send {
     /// Posts a slot, which senders do not see before [`publish`](Self::publish).
     fn stage(&mut self, slot: PostedSlot) -> Result<(), PostedSlot>;
+    /// Posts the slots that `next` returns, until it returns `None` or there is no space.
+    fn stage_all(&mut self, next: impl FnMut() -> Option<PostedSlot>) -> Result<(), PostedSlot>;
     fn publish(&mut self);
+    /// How many slots are posted, whether filled or not.
+    fn posted(&self) -> usize;
     fn collect(&mut self) -> Option<Collected<PostedSlot>>;
+    /// Gives the next packets to `each`, as long as nothing is special about them; see
+    /// [`Collector::collect_run`].
+    fn collect_run<R>(
+        &mut self,
+        most: u32,
+        each: impl FnMut(PostedSlot, usize) -> Result<(), R>,
+    ) -> (u32, Option<R>);
     fn recall(&mut self, f: &mut dyn FnMut(PostedSlot));
     fn recall_target(&mut self, target: u64, f: &mut dyn FnMut(PostedSlot));
     fn arm(&mut self) -> bool;
@@ -29,14 +40,33 @@ impl InboxEnd for Collector<PostedSlot> {
         Collector::stage(self, slot)
     }
 
+    #[inline(always)]
+    fn stage_all(&mut self, next: impl FnMut() -> Option<PostedSlot>) -> Result<(), PostedSlot> {
+        Collector::stage_all(self, next)
+    }
+
     #[inline]
     fn publish(&mut self) {
         Collector::publish(self);
     }
 
     #[inline(always)]
+    fn posted(&self) -> usize {
+        Collector::posted(self)
+    }
+
+    #[inline(always)]
     fn collect(&mut self) -> Option<Collected<PostedSlot>> {
         Collector::collect(self)
+    }
+
+    #[inline(always)]
+    fn collect_run<R>(
+        &mut self,
+        most: u32,
+        each: impl FnMut(PostedSlot, usize) -> Result<(), R>,
+    ) -> (u32, Option<R>) {
+        Collector::collect_run(self, most, each)
     }
 
     fn recall(&mut self, f: &mut dyn FnMut(PostedSlot)) {
@@ -100,6 +130,15 @@ impl<I: InboxEnd> InboxReader<I> {
     /// Posts the poller's reads to the inbox, as many as it has space for.
     #[inline(always)]
     pub(crate) fn post(&mut self, cx: &mut PollContext<'_>) {
+        // Most reads are in the SQ one behind the other.
+        let mut staged = Ok(());
+        if let Some(mut reads) = cx.submitted_reads() {
+            staged = self.end.stage_all(|| reads.next());
+        }
+        if let Err(slot) = staged {
+            cx.put_back(slot);
+            return self.end.publish();
+        }
         while let Some(slot) = cx.take_read() {
             if let Err(slot) = self.end.stage(slot) {
                 cx.put_back(slot);
@@ -115,7 +154,25 @@ impl<I: InboxEnd> InboxReader<I> {
         if self.headers {
             return self.collect_with_headers(cx);
         }
-        for _ in 0..INBOX_READS_MAX {
+        if self.end.posted() == 0 {
+            return Progress::Idle;
+        }
+        let (mut count, mut other) = (0, None);
+        if let Some(mut reads) = cx.filled_reads(INBOX_READS_MAX) {
+            (count, other) = self.end.collect_run(INBOX_READS_MAX, |slot, len| {
+                reads.push(slot, len).map_err(|slot| (slot, len))
+            });
+        }
+        if let Some((slot, len)) = other {
+            cx.complete_filled(slot, len);
+        }
+        self.collect_others(cx, INBOX_READS_MAX - count)
+    }
+
+    /// Completes what [`collect`](Self::collect) has left, at most `most` reads. This is mostly nothing.
+    #[inline(never)]
+    fn collect_others(&mut self, cx: &mut PollContext<'_>, most: u32) -> Progress {
+        for _ in 0..most {
             let Some(Collected { buffer, len, more, .. }) = self.end.collect() else {
                 return Progress::Idle;
             };
