@@ -26,7 +26,7 @@ use crate::network::{
 use crate::packet::{Packet, PacketBuffer};
 use crate::policy::{self, Moment, PortLimits, PortRole, SourceRule, Way};
 use crate::port_state::PortState;
-use crate::receive_queue::{Accepted, QueueEnd, Touched};
+use crate::receive_queue::{Accepted, QueueEnd, QueueSet, Touched};
 use crate::software::{self, Left};
 use crate::stats::{DropReason, PortStats, SEND_COUNTERS, SendCounter, Sent, add};
 use crate::table::{Located, Mac};
@@ -450,13 +450,12 @@ pub struct Sender<B: PacketBuffer> {
     reply: Box<[u8]>,
     /// Where a guest's packet is copied to for the gateway.
     question: Box<[u8]>,
-    /// A bit for each port that got a frame since the last flush, and which queues of it did.
-    touched: [u64; WORDS],
-    touched_queues: Box<[Touched]>,
+    /// The ports that got a frame since the last flush.
+    touched: TouchedPorts,
     /// Where the work is done that a receiver does not do itself.
     work: Work,
     /// What was counted since the last flush, by [`SendCounter`].
-    counts: [u64; SEND_COUNTERS],
+    counts: Counts,
     /// Whether anything was sent since the last flush.
     unflushed: bool,
     /// The workers of the router that anything was sent to since then, a bit for each.
@@ -493,9 +492,8 @@ impl<B: PacketBuffer> Sender<B> {
             reply: space.clone(),
             question: space,
             work: Work::new(&membership.offloads, membership.longest, network.max_packet_size),
-            touched: [0; WORDS],
-            touched_queues: vec![Touched::default(); MAX_PORTS].into(),
-            counts: [0; SEND_COUNTERS],
+            touched: TouchedPorts::new(),
+            counts: Counts::default(),
             unflushed: false,
             routed: 0,
             now: 0,
@@ -599,18 +597,7 @@ impl<B: PacketBuffer> Sender<B> {
         if !self.suspect.is_empty() && guard::may_be_ip(header) {
             return None;
         }
-        let Self {
-            membership,
-            touched,
-            touched_queues,
-            counts,
-            now,
-            own,
-            moment,
-            limited,
-            one_source,
-            ..
-        } = self;
+        let Self { membership, touched, counts, now, own, moment, limited, one_source, .. } = self;
         let network = &*membership.network;
         let port = membership.port;
         membership.admit_source(own, from, *now).ok()?;
@@ -648,8 +635,7 @@ impl<B: PacketBuffer> Sender<B> {
                 (claim.as_ref().map_or(0, Claim::left), claim)
             })?
         };
-        touched[index / 64] |= 1 << (index % 64);
-        touched_queues[index].add(number);
+        touched.add(index, number);
         let longest = network.max_untagged_size;
         Some(Run { claim, counts, packets: 0, bytes: 0, longest, header })
     }
@@ -670,7 +656,7 @@ impl<B: PacketBuffer> Sender<B> {
 
     /// Adds to a counter of this batch.
     fn count(&mut self, counter: SendCounter, amount: u64) {
-        self.counts[counter as usize] += amount;
+        self.counts.add(counter, amount);
     }
 
     /// Sends a frame where it belongs, unless the role of the port forbids it.
@@ -919,8 +905,7 @@ impl<B: PacketBuffer> Sender<B> {
             is_admitted = true;
             match queue.deliver(shape, frame, || route.holds(network, index)) {
                 Delivery::Direct | Delivery::Overflow => {
-                    self.touched[index / 64] |= 1 << (index % 64);
-                    self.touched_queues[index].add(number);
+                    self.touched.add(index, number);
                     return Ok(());
                 }
                 Delivery::Dropped(Refused::NoBuffer) => {
@@ -1066,11 +1051,9 @@ impl<B: PacketBuffer> Sender<B> {
         }
         let network = &*self.membership.network;
         if let Some(state) = self.membership.port_state() {
-            for (counter, count) in state.counters.sent.iter().zip(&mut self.counts) {
-                if *count != 0 {
-                    counter.fetch_add(core::mem::take(count), Ordering::Relaxed);
-                }
-            }
+            self.counts.take(|counter, count| {
+                state.counters.sent[counter].fetch_add(count, Ordering::Relaxed);
+            });
         }
         let routed = core::mem::take(&mut self.routed);
         if routed != 0
@@ -1078,16 +1061,79 @@ impl<B: PacketBuffer> Sender<B> {
         {
             router.ring(self.membership.index, routed);
         }
-        for (word, touched) in self.touched.iter_mut().enumerate() {
-            let mut ports = core::mem::take(touched);
+        self.touched.take(|index, queues| {
+            if let Some(state) = network.port_state(index) {
+                state.queues.ring(queues);
+            }
+        });
+    }
+}
+
+/// What a sender has counted since its last flush.
+#[derive(Default)]
+struct Counts {
+    sums: [u64; SEND_COUNTERS],
+    /// A bit for each counter that was added to.
+    used: u32,
+}
+
+const _: () = assert!(SEND_COUNTERS <= u32::BITS as usize);
+
+impl Counts {
+    #[inline(always)]
+    fn add(&mut self, counter: SendCounter, amount: u64) {
+        self.sums[counter as usize] += amount;
+        self.used |= 1 << counter as usize;
+    }
+
+    /// Gives each counter that was added to, with its sum, to `each`.
+    fn take(&mut self, mut each: impl FnMut(usize, u64)) {
+        let mut used = core::mem::take(&mut self.used);
+        while used != 0 {
+            let counter = used.trailing_zeros() as usize;
+            each(counter, core::mem::take(&mut self.sums[counter]));
+            used &= used - 1;
+        }
+    }
+}
+
+/// The ports that a sender has given frames to since its last flush.
+struct TouchedPorts {
+    /// A bit for each word of `ports` that is not 0.
+    words: u32,
+    /// A bit for each port.
+    ports: [u64; WORDS],
+    /// Which queues of each port.
+    queues: Box<[Touched]>,
+}
+
+const _: () = assert!(WORDS <= u32::BITS as usize);
+
+impl TouchedPorts {
+    fn new() -> Self {
+        let queues = vec![Touched::default(); MAX_PORTS].into();
+        Self { words: 0, ports: [0; WORDS], queues }
+    }
+
+    #[inline(always)]
+    fn add(&mut self, port: usize, queue: usize) {
+        self.words |= 1 << (port / 64);
+        self.ports[port / 64] |= 1 << (port % 64);
+        self.queues[port].add(queue);
+    }
+
+    /// Gives each port, with its queues, to `each`.
+    fn take(&mut self, mut each: impl FnMut(usize, QueueSet)) {
+        let mut words = core::mem::take(&mut self.words);
+        while words != 0 {
+            let word = words.trailing_zeros() as usize;
+            let mut ports = core::mem::take(&mut self.ports[word]);
             while ports != 0 {
-                let index = word * 64 + ports.trailing_zeros() as usize;
-                let queues = self.touched_queues[index].take();
-                if let Some(state) = network.port_state(index) {
-                    state.queues.ring(queues);
-                }
+                let port = word * 64 + ports.trailing_zeros() as usize;
+                each(port, self.queues[port].take());
                 ports &= ports - 1;
             }
+            words &= words - 1;
         }
     }
 }
@@ -1142,7 +1188,7 @@ fn counter_of(reason: DropReason) -> SendCounter {
 /// for why they cannot give up.
 pub struct Run<'a, B: PacketBuffer> {
     claim: Claim<'a, B>,
-    counts: &'a mut [u64; SEND_COUNTERS],
+    counts: &'a mut Counts,
     /// What was put, which is counted when the run is dropped.
     packets: u64,
     bytes: u64,
@@ -1206,8 +1252,8 @@ impl<B: PacketBuffer> Run<'_, B> {
 impl<B: PacketBuffer> Drop for Run<'_, B> {
     #[inline]
     fn drop(&mut self) {
-        self.counts[SendCounter::Packets as usize] += self.packets;
-        self.counts[SendCounter::Bytes as usize] += self.bytes;
+        self.counts.add(SendCounter::Packets, self.packets);
+        self.counts.add(SendCounter::Bytes, self.bytes);
     }
 }
 
