@@ -51,7 +51,7 @@ impl<S> Metered<S> {
     }
 }
 
-/// A socket is paid for when it is opened, with its end. Who drops it makes no call here.
+/// A socket is paid for when it is opened, with its end. Dropping it makes no call here.
 impl<S: Sockets> Sockets for Metered<S> {
     type Socket = S::Socket;
 

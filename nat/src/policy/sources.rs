@@ -117,7 +117,7 @@ impl Sources {
 
     /// Notes that an address has changed hands, while the table is locked.
     fn changed(&self) {
-        // Release: pairs with the Acquire in `resolve`. Whoever sees the number takes the lock.
+        // Release: pairs with the Acquire in `resolve`. A handle that sees the number takes the lock.
         self.shared.changes.fetch_add(1, Ordering::Release);
     }
 

@@ -63,7 +63,7 @@ impl GuestNames {
             let (port, name) = (Port(told.port), told.name.as_bytes());
             let was_refused = told.is_refused;
             told.is_refused = names.lease(port, told.mac, name, address.into()).is_err();
-            // It was counted. Whoever had the name may be gone.
+            // It was counted. The guest that had the name may be gone.
             if told.is_refused && !was_refused {
                 refused.push(port);
             }
