@@ -97,7 +97,7 @@ pub(crate) struct Flow<T> {
     /// Where `snd_max` was when data was last sent again. Duplicate acknowledgments of anything up to
     /// here may be about the duplicates (RFC 6582, 3.2).
     pub(crate) recover: Seq,
-    pub(crate) dup_acks: u32,
+    pub(crate) dup_acks: u8,
     /// The last segment was sent again, and nothing has been acknowledged since.
     pub(crate) probed: bool,
     pub(crate) mss: u16,

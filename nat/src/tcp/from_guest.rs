@@ -249,14 +249,14 @@ impl<T> Flow<T> {
 
     /// The guest acknowledges the same byte again: something behind it is missing (RFC 5681, 3.2).
     fn take_duplicate<S: Sockets<Socket = T>>(&mut self, io: &mut Io<'_, S>) {
-        self.dup_acks += 1;
+        self.dup_acks = self.dup_acks.saturating_add(1);
         let frame = self.frame_len(&io.out.link(self.key.port)).max(1);
         let on_their_way = self.snd_max.since(self.snd_una).div_ceil(frame);
         // The answer to a probe comes behind the answers to everything that was sent before it.
         let most = if self.probed { 1 } else { DUPLICATE_ACKS };
         let enough = on_their_way.saturating_sub(1).min(most);
         // At or before `recover` it may be about a duplicate (RFC 6582, 3.2).
-        if enough > 0 && self.dup_acks == enough && self.snd_una.after(self.recover) {
+        if enough > 0 && u32::from(self.dup_acks) == enough && self.snd_una.after(self.recover) {
             io.count(self.key.port, Counter::FastRetransmit);
             self.recover = self.snd_max;
             self.snd_nxt = self.snd_una;
