@@ -29,7 +29,7 @@ mod socket;
 
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
@@ -111,14 +111,6 @@ impl Waker {
     /// Ends the wait.
     pub fn wake(&self) {
         self.poll.wake();
-    }
-}
-
-impl AsFd for Waker {
-    /// The descriptor that is readable when [`Host::wait`] would return at once. It is for those who wait for
-    /// other things, too.
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.poll.as_fd()
     }
 }
 

@@ -61,10 +61,6 @@ impl Poll {
         Ok(poll)
     }
 
-    pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
-        self.set.as_fd()
-    }
-
     fn control(&self, what: i32, fd: BorrowedFd<'_>, interest: i32, data: u64) -> io::Result<()> {
         let mut event = libc::epoll_event { events: interest as u32, u64: data };
         // SAFETY: the pointer is to `event`, which the call only reads.

@@ -1,7 +1,7 @@
 //! What is ready, by macOS's kqueue.
 
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::ptr;
 use std::time::Duration;
 
@@ -65,10 +65,6 @@ impl Poll {
         let poll = Self { queue };
         poll.change(&[event(WAKER, libc::EVFILT_USER, libc::EV_ADD | libc::EV_CLEAR, Token(0))])?;
         Ok(poll)
-    }
-
-    pub(super) fn as_fd(&self) -> BorrowedFd<'_> {
-        self.queue.as_fd()
     }
 
     fn change(&self, changes: &[libc::kevent]) -> io::Result<()> {
