@@ -1816,6 +1816,40 @@ fn writes_end_in_the_queue_of_their_own_ring() {
     assert_eq!(done.frame.as_deref(), Some(&b"packet"[..]));
 }
 
+/// Goal: entries move to a CQ that was full and was reaped since, and no more entries than there are. Method:
+/// rounds in the same cells. The first ones move entry by entry, until at some time the CQ's producer knows
+/// of no space. Behind the last pair are the entries of earlier rounds.
+#[test]
+fn pairs_move_as_far_as_there_are_entries() {
+    let pool = pool(8);
+    for singly in 0..8 {
+        let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
+            rings(Depths::new(4, 4, 1), regions(&pool), 0);
+        for round in 0..=singly + 4 {
+            let pairs = if round < singly + 4 { 4 } else { 1 };
+            for class in [Class::Write, Class::Read].repeat(pairs as usize) {
+                sq_producer.push(class, pool.alloc().unwrap(), 0).unwrap();
+            }
+            sq_producer.publish();
+            sq_consumer.ready();
+            if round < singly {
+                while let Some(sqe) = sq_consumer.front() {
+                    let class = sqe.class();
+                    let (buffer, user_data) = sqe.take();
+                    cq_producer.push(class, buffer, user_data, Outcome::Done);
+                }
+            } else {
+                assert_eq!(sq_consumer.end_pairs(&mut cq_producer, 9, |_, _| true), pairs);
+            }
+            sq_consumer.retire();
+            cq_producer.publish();
+            assert_eq!(cq_consumer.ready(), 2 * pairs);
+            cq_consumer.pop_all(drop);
+            assert_eq!(pool.slots_out(), 0);
+        }
+    }
+}
+
 /// Goal: a run of completions takes no more than its number, and no packet that its frame has no bytes for.
 /// What it does not take comes back whole.
 #[test]
