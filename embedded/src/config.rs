@@ -150,7 +150,7 @@ pub struct NetworkConfig {
     /// names and values. The network only compares them. With `None`, the gateway answers that there is no
     /// way. A router needs a gateway.
     pub router: Option<Vec<(&'static str, String)>>,
-    /// How many threads drive the router, within [`ROUTER_WORKERS_RANGE`](crate::limits::ROUTER_WORKERS_RANGE).
+    /// How many threads drive the router, within [`ROUTER_WORKERS_RANGE`].
     /// Each has frames of its own. The default is 1.
     pub router_workers: usize,
 }

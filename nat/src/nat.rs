@@ -162,7 +162,7 @@ impl<S: Sockets> Nat<S> {
     ///
     /// # Panics
     ///
-    /// If the port's number is not less than [`MAX_PORTS`](crate::limits::MAX_PORTS).
+    /// If the port's number is not less than [`MAX_PORTS`].
     pub fn from_guest(
         &mut self,
         port: Port,
@@ -452,7 +452,7 @@ impl<S: Sockets> Nat<S> {
     ///
     /// # Panics
     ///
-    /// If the port's number is not less than [`MAX_PORTS`](crate::limits::MAX_PORTS).
+    /// If the port's number is not less than [`MAX_PORTS`].
     pub fn count_refused_name(&mut self, port: Port) {
         self.shared.ports.count(port, Counter::NameRefused);
     }
