@@ -566,7 +566,7 @@ fn a_panic_between_two_frames_of_a_claim_ends_it() {
     assert_eq!(collector.posted(), 0);
 }
 
-/// Who drops what has arrived copies nothing of it: frames that wait stay out of the buffers.
+/// A receiver that drops what has arrived copies nothing of it: frames that wait stay out of the buffers.
 #[test]
 fn what_is_discarded_is_not_copied() {
     let (inbox, mut collector) = open(4, 2, u32::MAX);

@@ -33,7 +33,7 @@ const TCP: u8 = 6;
 const UDP: u8 = 17;
 const ICMPV6: u8 = 58;
 
-/// Who has the turns of port forwards' sockets, which are no port's of the network.
+/// The holder of the turns of port forwards' sockets, which are no port's of the network.
 const WORLD: Port = Port(MAX_PORTS as u32);
 
 /// A frame of a guest.

@@ -41,7 +41,7 @@ fn guest_port(packet: &Packet<'_>, at: usize) -> Option<(u8, u16)> {
         return None;
     }
     let (protocol, at) = match header[0] >> 4 {
-        // Of the fragments of a packet, only the first has ports (RFC 791, 3.2).
+        // Only the first fragment of a packet has ports (RFC 791, 3.2).
         4 if u16::from_be_bytes([header[6], header[7]]) & 0x3fff != 0 => return None,
         4 => (header[9], at + usize::from(header[0] & 0xf) * 4),
         6 => transport_v6(packet, header[6], at + 40)?,
