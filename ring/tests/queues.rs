@@ -1076,6 +1076,37 @@ fn completions_are_taken_together() {
     assert_eq!((sq_producer.available(Class::Read), pool.slots_out()), (4, 0));
 }
 
+/// Goal: what is selected comes first, and both parts keep their order. Method: every choice of six.
+#[test]
+fn every_selection_keeps_both_orders() {
+    for chosen in 0..64_u64 {
+        let pool = pool(6);
+        let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
+            rings(Depths::new(6, 0, 0), regions(&pool), u32::MAX - 1);
+        for n in 0..6 {
+            sq_producer.push(Class::Read, pool.alloc().unwrap(), n).unwrap();
+        }
+        sq_producer.publish();
+        sq_consumer.ready();
+        while let Some(sqe) = sq_consumer.front() {
+            let (buffer, user_data) = sqe.take();
+            cq_producer.push(Class::Read, buffer, user_data, Outcome::Done);
+        }
+        cq_producer.publish();
+        cq_consumer.ready();
+        let is_chosen = |n: u64| chosen >> n & 1 != 0;
+        cq_consumer.select(|cqe| is_chosen(cqe.user_data()));
+        assert_eq!(cq_consumer.known(), chosen.count_ones());
+        // The others are known again.
+        cq_consumer.ready();
+        let mut seen = Vec::new();
+        cq_consumer.pop_all(|done| seen.push(done.user_data));
+        let (mut wanted, others): (Vec<_>, Vec<_>) = (0..6).partition(|n| is_chosen(*n));
+        wanted.extend(others);
+        assert_eq!(seen, wanted, "{chosen:#b}");
+    }
+}
+
 #[test]
 fn a_consumer_says_whether_more_waits() {
     let pool = pool(1);
