@@ -1042,16 +1042,12 @@ fn a_look_that_is_forgotten_and_a_choice_that_panics_lose_no_slot() {
     }
 }
 
-/// Goal: a consumer says whether submissions wait, before and after it has looked at the queue.
-/// Completions that are taken together are retired and give their credits back together, also if their
-/// caller panics. Then the others stay.
-#[test]
-fn completions_are_taken_together() {
-    let pool = pool(4);
-    let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
-        rings(Depths::new(4, 0, 0), regions(&pool), u32::MAX - 1);
-    for n in 0..4 {
-        sq_producer.push(Class::Read, pool.alloc().unwrap(), n).unwrap();
+/// A ring of `depth` reads of `pool`, all of them done and published.
+fn all_done(pool: &Pool, depth: u32) -> (SqProducer, CqConsumer, SqConsumer, CqProducer) {
+    let (sq_producer, cq_consumer, mut sq_consumer, mut cq_producer) =
+        rings(Depths::new(depth, 0, 0), regions(pool), u32::MAX - 1);
+    for n in 0..depth {
+        sq_producer.push(Class::Read, pool.alloc().unwrap(), n.into()).unwrap();
     }
     sq_producer.publish();
     sq_consumer.ready();
@@ -1060,6 +1056,15 @@ fn completions_are_taken_together() {
         cq_producer.push(Class::Read, buffer, user_data, Outcome::Done);
     }
     cq_producer.publish();
+    (sq_producer, cq_consumer, sq_consumer, cq_producer)
+}
+
+/// Completions that are taken together are retired and give their credits back together, also if their
+/// caller panics. Then the others stay.
+#[test]
+fn completions_are_taken_together() {
+    let pool = pool(4);
+    let (sq_producer, mut cq_consumer, ..) = all_done(&pool, 4);
     assert_eq!((cq_consumer.ready(), sq_producer.available(Class::Read)), (4, 0));
     let mut seen = Vec::new();
     let panicked = catch_unwind(AssertUnwindSafe(|| {
@@ -1081,18 +1086,7 @@ fn completions_are_taken_together() {
 fn every_selection_keeps_both_orders() {
     for chosen in 0..64_u64 {
         let pool = pool(6);
-        let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
-            rings(Depths::new(6, 0, 0), regions(&pool), u32::MAX - 1);
-        for n in 0..6 {
-            sq_producer.push(Class::Read, pool.alloc().unwrap(), n).unwrap();
-        }
-        sq_producer.publish();
-        sq_consumer.ready();
-        while let Some(sqe) = sq_consumer.front() {
-            let (buffer, user_data) = sqe.take();
-            cq_producer.push(Class::Read, buffer, user_data, Outcome::Done);
-        }
-        cq_producer.publish();
+        let (_sq_producer, mut cq_consumer, ..) = all_done(&pool, 6);
         cq_consumer.ready();
         let is_chosen = |n: u64| chosen >> n & 1 != 0;
         cq_consumer.select(|cqe| is_chosen(cqe.user_data()));
@@ -1107,6 +1101,7 @@ fn every_selection_keeps_both_orders() {
     }
 }
 
+/// Goal: a consumer says whether submissions wait, before and after it has looked at the queue.
 #[test]
 fn a_consumer_says_whether_more_waits() {
     let pool = pool(1);
