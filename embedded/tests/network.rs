@@ -5,7 +5,7 @@ mod common;
 
 use core::net::Ipv4Addr;
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
@@ -626,10 +626,12 @@ fn two_threads_exchange_packets_and_sleep_between() {
     let network = network();
     let (tell, told) = mpsc::channel();
     let stop = Arc::new(AtomicBool::new(false));
+    let ready = Arc::new(AtomicUsize::new(0));
     let mut threads = Vec::new();
     let macs = [1, 2].map(|id| mac_of_interface(config(id).interface_id));
     for side in 0..2usize {
         let (network, tell, stop) = (network.clone(), tell.clone(), stop.clone());
+        let ready = ready.clone();
         threads.push(std::thread::spawn(move || {
             let thread = std::thread::current();
             let wake = Arc::new(move || thread.unpark());
@@ -638,7 +640,11 @@ fn two_threads_exchange_packets_and_sleep_between() {
             for _ in 0..64 {
                 receiver.post(vec![0; network.max_packet_size()]).unwrap();
             }
-            while network.ports() < 2 {
+            // A port is counted before its receiver is open, so the count does not tell.
+            ready.fetch_add(1, Ordering::Release);
+            let deadline = Instant::now() + Duration::from_secs(60);
+            while ready.load(Ordering::Acquire) < 2 {
+                assert!(Instant::now() < deadline, "side {side} waits for the other to join");
                 std::thread::yield_now();
             }
             // Side 0 sends, and side 1 sends back what it gets. At most 32 packets are under way.
