@@ -203,6 +203,8 @@ fn serve<R: Send + 'static>(
     let (sender, receiver) = mpsc::channel();
     thread::spawn(move || {
         let (stream, _) = listener.accept().expect("a connection");
+        // When the result has come, nobody listens any more.
+        drop(listener);
         stream.set_read_timeout(Some(LONG)).unwrap();
         stream.set_write_timeout(Some(LONG)).unwrap();
         let _ = sender.send(body(stream));
@@ -344,7 +346,7 @@ fn resets_go_both_ways() {
             stream.read_exact(&mut byte).unwrap();
             stream.write_all(&[1; 1000]).unwrap();
             // Bytes that are unread when it is closed make the kernel send a reset.
-            thread::sleep(Duration::from_millis(50));
+            assert!(stream.peek(&mut byte).expect("more bytes") > 0);
             drop(stream);
         });
         let handle = guest.connect(port, 5000);
@@ -510,7 +512,8 @@ fn errors_have_their_names() {
         let Some((mut host, socket, stream)) = pair(v6) else { continue };
         wait_for(&mut host, "the connection", |readiness| readiness.writable);
         assert_eq!(host.send(&socket, &[std::io::IoSlice::new(b"unread")]), Ok(6));
-        thread::sleep(Duration::from_millis(20));
+        stream.set_read_timeout(Some(LONG)).unwrap();
+        assert!(stream.peek(&mut [0]).expect("the bytes arrive") > 0);
         drop(stream);
         wait_for(&mut host, "a reset", |readiness| readiness.failed);
         assert_eq!(host.take_error(&socket), Err(SocketError::Reset));
