@@ -482,19 +482,28 @@ rule!(
 
 // Calls at the same time.
 
-/// Starts a call that takes a while. `body` runs during the call.
-fn beside_a_call(writes: bool, body: impl FnOnce(&World, &Interface)) {
-    let (world, _, interface) = one(|script| script.call_cost = Duration::from_secs(1));
+/// The cost of a call that a misuse is to meet. The process is aborted long before it has passed.
+const MEETS: Duration = Duration::from_secs(30);
+/// The cost of a call beside which everything is right, whether it has ended or not.
+const BESIDE: Duration = Duration::from_secs(1);
+
+/// Starts a call that takes this long. `body` runs during the call.
+fn beside_a_call(cost: Duration, writes: bool, body: impl FnOnce(&World, &Interface)) {
+    let (world, _, interface) = one(|script| script.call_cost = cost);
     let handle = interface.handle as usize;
+    let (begins, begun) = channel();
     let call = thread::spawn(move || {
         let handle = handle as Pointer;
+        begins.send(()).expect("the test waits");
         if writes {
             Packets::of(&[frame(BROADCAST, [2; 6], 1, 60)]).write(handle)
         } else {
             Packets::rooms(1, 1514).read(handle)
         }
     });
-    thread::sleep(Duration::from_millis(200));
+    begun.recv_timeout(LONG).expect("the thread begins");
+    // The simulator does not tell that it is inside the call.
+    thread::sleep(BESIDE / 2);
     body(&world, &interface);
     assert_eq!(call.join().expect("a call").0, SUCCESS);
 }
@@ -502,9 +511,9 @@ fn beside_a_call(writes: bool, body: impl FnOnce(&World, &Interface)) {
 rule!(
     one_thread_reads_at_a_time,
     "two calls of vmnet_read at once",
-    || beside_a_call(false, |_, interface| assert_eq!(interface.read(1).0, SUCCESS)),
+    || beside_a_call(MEETS, false, |_, interface| assert_eq!(interface.read(1).0, SUCCESS)),
     || {
-        beside_a_call(true, |_, interface| assert_eq!(interface.read(1).0, SUCCESS));
+        beside_a_call(BESIDE, true, |_, interface| assert_eq!(interface.read(1).0, SUCCESS));
         // One after the other, from two threads.
         let (_world, interface, _) = interface();
         let handle = interface.handle as usize;
@@ -519,12 +528,12 @@ rule!(
     one_thread_writes_at_a_time,
     "two calls of vmnet_write at once",
     || {
-        beside_a_call(true, |_, interface| {
+        beside_a_call(MEETS, true, |_, interface| {
             interface.send(&frame(BROADCAST, interface.mac(), 1, 60));
         });
     },
     || {
-        beside_a_call(false, |_, interface| {
+        beside_a_call(BESIDE, false, |_, interface| {
             interface.send(&frame(BROADCAST, interface.mac(), 1, 60));
         });
     }
@@ -534,7 +543,7 @@ rule!(
     a_stop_waits_for_reads_and_writes,
     "vmnet_stop_interface: a read or a write is under way",
     || {
-        beside_a_call(false, |_, interface| {
+        beside_a_call(MEETS, false, |_, interface| {
             interface.stop();
         });
     },
@@ -749,7 +758,8 @@ rule!(
 fn on_a_busy_queue(stops: bool, blocked: bool) {
     let world = World::new();
     let id = world.interface_id();
-    world.script(id, |script| script.patience = Duration::from_millis(300));
+    let patience = if blocked { Duration::from_millis(300) } else { LONG };
+    world.script(id, |script| script.patience = patience);
     let to = new_queue();
     let (free, gate) = channel::<()>();
     let busy = || {
@@ -1047,26 +1057,44 @@ rule!(
 
 // Released too early: in a world where vmnet takes no references of its own.
 
+/// How late a handler is in the tests of what is released too early.
+const LATE: Duration = Duration::from_millis(300);
+
 /// Starts with a late handler. `early` is released before it, or after it.
-fn start_letting_go(early: impl FnOnce(&mut Option<ObjectBlock>, &mut Option<Queue>)) {
-    let world = bare();
-    let id = world.interface_id();
-    let late = Duration::from_millis(300);
-    world.script(id, |script| script.start.handler = StartHandler::After(late));
-    let description = Description::shared(id);
-    let (handler, answers) = start_block();
-    let (mut handler, mut to) = (Some(handler), Some(new_queue()));
-    start(
-        description.as_ptr(),
-        to.as_deref().map_or(ptr::null(), queue),
-        handler.as_ref().map_or(ptr::null(), block),
-    );
-    // vmnet has read it, so it may be released.
-    drop(description);
-    early(&mut handler, &mut to);
-    assert_eq!(answers.recv_timeout(LONG).expect("the handler").0, SUCCESS);
-    // Its block is used until the handler has returned.
-    drain(to.as_deref().expect("a queue"));
+fn start_letting_go(early: impl Fn(&mut Option<ObjectBlock>, &mut Option<Queue>)) {
+    let first = Instant::now();
+    loop {
+        let world = bare();
+        let id = world.interface_id();
+        world.script(id, |script| script.start.handler = StartHandler::After(LATE));
+        let description = Description::shared(id);
+        let (handler, answers) = start_block();
+        let (mut handler, mut to) = (Some(handler), Some(new_queue()));
+        let began = Instant::now();
+        start(
+            description.as_ptr(),
+            to.as_deref().map_or(ptr::null(), queue),
+            handler.as_ref().map_or(ptr::null(), block),
+        );
+        // vmnet has read it, so it may be released.
+        drop(description);
+        early(&mut handler, &mut to);
+        if let (Some(_), Some(to)) = (&handler, &to) {
+            assert_eq!(answers.recv_timeout(LONG).expect("the handler").0, SUCCESS);
+            // Its block is used until the handler has returned.
+            return drain(to);
+        }
+        wait_for_use(first, began);
+    }
+}
+
+/// Waits until the simulator aborts the process, because something was released before the handler of a
+/// call that began then. Returns if the handler may have run before the release.
+fn wait_for_use(first: Instant, began: Instant) {
+    if began.elapsed() < LATE {
+        thread::sleep(LONG);
+    }
+    assert!(first.elapsed() < LONG, "nothing is released before its handler runs");
 }
 
 type Queue = dispatch2::DispatchRetained<dispatch2::DispatchQueue>;
@@ -1074,68 +1102,54 @@ type Queue = dispatch2::DispatchRetained<dispatch2::DispatchQueue>;
 rule!(
     a_starts_handler_lives_until_it_has_run,
     "the start's handler: it was released too early",
-    || {
-        start_letting_go(|handler, _| {
-            // The channel is kept, so that only the block is gone.
-            let block = handler.take().expect("a block");
-            drop(block);
-            thread::sleep(LONG);
-        });
-    },
+    // The channel is kept, so that only the block is gone.
+    || start_letting_go(|handler, _| *handler = None),
     || start_letting_go(|_, _| ())
 );
 
 rule!(
     a_starts_queue_lives_until_the_handler_has_run,
     "the start's queue: it was released too early",
-    || {
-        start_letting_go(|_, queue| {
-            *queue = None;
-            thread::sleep(LONG);
-        });
-    },
+    || start_letting_go(|_, queue| *queue = None),
     || start_letting_go(|_, _| ())
 );
 
 /// Stops with a late handler.
-fn stop_letting_go(early: impl FnOnce(&mut Option<StatusBlock>, &mut Option<Queue>)) {
-    let world = bare();
-    let id = world.interface_id();
-    world.script(id, |script| script.stop.handler = Some(Duration::from_millis(300)));
-    let interface = Start::of(&Description::shared(id)).interface();
-    let (handler, answers) = status_block();
-    let (mut handler, mut to) = (Some(handler), Some(new_queue()));
-    let status = interface.stop_with(
-        to.as_deref().map_or(ptr::null(), queue),
-        handler.as_ref().map_or(ptr::null(), block),
-    );
-    assert_eq!(status, SUCCESS);
-    early(&mut handler, &mut to);
-    assert_eq!(answers.recv_timeout(LONG), Ok(SUCCESS));
-    drain(to.as_deref().expect("a queue"));
+fn stop_letting_go(early: impl Fn(&mut Option<StatusBlock>, &mut Option<Queue>)) {
+    let first = Instant::now();
+    loop {
+        let world = bare();
+        let id = world.interface_id();
+        world.script(id, |script| script.stop.handler = Some(LATE));
+        let interface = Start::of(&Description::shared(id)).interface();
+        let (handler, answers) = status_block();
+        let (mut handler, mut to) = (Some(handler), Some(new_queue()));
+        let began = Instant::now();
+        let status = interface.stop_with(
+            to.as_deref().map_or(ptr::null(), queue),
+            handler.as_ref().map_or(ptr::null(), block),
+        );
+        assert_eq!(status, SUCCESS);
+        early(&mut handler, &mut to);
+        if let (Some(_), Some(to)) = (&handler, &to) {
+            assert_eq!(answers.recv_timeout(LONG), Ok(SUCCESS));
+            return drain(to);
+        }
+        wait_for_use(first, began);
+    }
 }
 
 rule!(
     a_stops_handler_lives_until_it_has_run,
     "the stop's handler: it was released too early",
-    || {
-        stop_letting_go(|handler, _| {
-            *handler = None;
-            thread::sleep(LONG);
-        });
-    },
+    || stop_letting_go(|handler, _| *handler = None),
     || stop_letting_go(|_, _| ())
 );
 
 rule!(
     a_stops_queue_lives_until_the_handler_has_run,
     "the stop's queue: it was released too early",
-    || {
-        stop_letting_go(|_, queue| {
-            *queue = None;
-            thread::sleep(LONG);
-        });
-    },
+    || stop_letting_go(|_, queue| *queue = None),
     || stop_letting_go(|_, _| ())
 );
 

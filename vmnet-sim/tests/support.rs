@@ -21,7 +21,7 @@ use vmnet_sim::{Script, Value, World};
 use crate::abi::{self, Descriptor, Key, Pointer};
 
 /// Far longer than any test needs on a slow and busy machine. A test that reaches it hangs.
-pub(crate) const LONG: Duration = Duration::from_secs(15);
+pub(crate) const LONG: Duration = Duration::from_secs(60);
 /// Long enough for everything that comes at once to have come.
 pub(crate) const SOON: Duration = Duration::from_millis(60);
 
@@ -47,7 +47,7 @@ pub(crate) fn guarded(body: impl FnOnce() + Send + 'static) {
     };
     let thread = thread::Builder::new().name(name).spawn(body).expect("a thread");
     // The sender is dropped when the body returns, and when it panics.
-    assert_ne!(ending.recv_timeout(LONG), Err(RecvTimeoutError::Timeout), "it hangs");
+    assert_ne!(ending.recv_timeout(LONG * 2), Err(RecvTimeoutError::Timeout), "it hangs");
     if let Err(panic) = thread.join() {
         std::panic::resume_unwind(panic);
     }
