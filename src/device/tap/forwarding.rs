@@ -415,7 +415,9 @@ mod tests {
                 let patience = std::time::Duration::from_millis(100);
                 assert!(receiver.recv_timeout(patience).is_err(), "both have the lock");
                 first.unlock();
-                receiver.recv_timeout(std::time::Duration::from_secs(4)).expect("it gets the lock");
+                receiver
+                    .recv_timeout(std::time::Duration::from_secs(60))
+                    .expect("it gets the lock");
             });
             first.lock().unwrap();
             assert!(has_lock());
