@@ -364,16 +364,19 @@ fn what_has_leaked_is_in_flight_until_the_ring_is_driven_at_its_deadline() {
 fn a_ring_that_has_leaked_is_closed_again_and_dropped_without_waiting() {
     guarded(|| {
         every_way(|way, poller| {
-            let (interface, forgotten) = forgetful();
             let timeout = Duration::from_millis(400);
-            let builder = interface.ring(Direction::Write).close_timeout(timeout);
-            let mut ring = builder.drive(way.drive(poller)).build().unwrap();
-            send_to_be_forgotten(&mut ring, &forgotten);
-            assert!(matches!(ring.close(), Err(Error::Leaked { slots: 1, .. })));
-            let start = Instant::now();
-            assert!(matches!(ring.close(), Err(Error::Leaked { slots: 1, .. })));
-            drop(ring);
-            assert!(start.elapsed() < timeout / 2, "it waited again");
+            // This thread may be stopped for longer than that, so there are several attempts.
+            eventually("a second close and a drop do not wait again", || {
+                let (interface, forgotten) = forgetful();
+                let builder = interface.ring(Direction::Write).close_timeout(timeout);
+                let mut ring = builder.drive(way.drive(poller)).build().unwrap();
+                send_to_be_forgotten(&mut ring, &forgotten);
+                assert!(matches!(ring.close(), Err(Error::Leaked { slots: 1, .. })));
+                let start = Instant::now();
+                assert!(matches!(ring.close(), Err(Error::Leaked { slots: 1, .. })));
+                drop(ring);
+                start.elapsed() < timeout / 2
+            });
         });
     });
 }
@@ -415,7 +418,8 @@ fn a_slot_dropped_after_its_ring_is_freed_while_a_control_handle_lives() {
             assert_eq!(pool.slots_out(), 1);
             let slots = std::mem::take(&mut *kept.lock().unwrap());
             drop(slots);
-            assert_eq!(pool.slots_out(), 0, "it waits for a ring that is gone");
+            // The close of a poller that was slow may end after the ring's drop, and takes it then.
+            eventually("the slot is home", || pool.slots_out() == 0);
             assert!(control.closed().is_some());
         });
     });

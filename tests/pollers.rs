@@ -329,16 +329,23 @@ fn a_wake_up_looks_at_no_descriptor_that_is_idle() {
             let own = Arc::default();
             let (mut far, mut busy) = ring(&own);
             let seen = || looks.load(Ordering::Relaxed);
+            let mut number = 0;
+            let mut exchange = |count: u64| {
+                for _ in 0..count {
+                    far.write_all(&[1]).unwrap();
+                    assert_eq!(reap_n(&mut busy, 1)[0].brief(), (RingOp::Read, number, Ok(60)));
+                    number += 1;
+                    post(&mut busy, number);
+                }
+            };
+            // They sleep when the poller has worked for the busy one for a while and looked at none.
             let mut before = 0;
-            eventually("all sleep", || {
-                thread::sleep(Duration::from_millis(50));
-                std::mem::replace(&mut before, seen()) == seen() && before >= idle
+            eventually("all others sleep", || {
+                before = seen();
+                exchange(20);
+                before >= idle && before == seen()
             });
-            for number in 0..PACKETS {
-                far.write_all(&[1]).unwrap();
-                assert_eq!(reap_n(&mut busy, 1)[0].brief(), (RingOp::Read, number, Ok(60)));
-                post(&mut busy, number + 1);
-            }
+            exchange(PACKETS);
             assert!(own.load(Ordering::Relaxed) >= PACKETS);
             let looked = seen() - before;
             assert_eq!(looked, 0, "{looked} looks at {idle} idle descriptors");

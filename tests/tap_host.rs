@@ -2,8 +2,9 @@
 //! was set is put back, whatever ends the process. Each test runs in a network namespace of its own.
 
 use std::collections::HashSet;
+use std::io::{BufRead, BufReader, Write};
 use std::net::{Ipv4Addr, Ipv6Addr, UdpSocket};
-use std::process::{Child, Stdio};
+use std::process::{Child, ChildStdout, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -212,9 +213,10 @@ fn a_router_advertisement_of_a_guest_changes_nothing() {
         stage("a persistent TAP");
         sh("ip tuntap add p0 mode tap");
         let mut guest = Guest::behind(in_mode(Mode::Host), Tap::named("p0"));
-        guest.write(&reported());
-        guest.write(&router_advertisement(ALL_NODES));
         eventually("the route and the address", || {
+            // The kernel may still be about to use the link.
+            guest.write(&reported());
+            guest.write(&router_advertisement(ALL_NODES));
             let learned = learned("p0");
             learned.contains("default via fe80::") && learned.contains("fd00:bad:")
         });
@@ -241,8 +243,10 @@ fn a_port_of_a_bridge_has_no_protocols_of_its_own() {
         stage("a port that the operator has made");
         sh("ip tuntap add p0 mode tap && ip link set p0 master br0");
         let mut guest = Guest::behind(in_mode(Mode::Host), Tap::named("p0"));
-        guest.write(&router_advertisement(lldp));
-        eventually("the route", || learned("p0").contains("default via fe80::"));
+        eventually("the route", || {
+            guest.write(&router_advertisement(lldp));
+            learned("p0").contains("default via fe80::")
+        });
     });
 }
 
@@ -297,8 +301,10 @@ fn a_redirect_of_a_guest_changes_nothing() {
         stage("behind a TAP of the operator's");
         sh("ip tuntap add p0 mode tap && ip addr add 192.168.128.1/24 dev p0");
         let mut guest = Guest::behind(in_mode(Mode::Host), Tap::named("p0"));
-        guest.write(&ethernet(guest.host, 0x0800, &redirect));
-        eventually("the redirected way", || way().contains("via 192.0.2.77"));
+        eventually("the redirected way", || {
+            guest.write(&ethernet(guest.host, 0x0800, &redirect));
+            way().contains("via 192.0.2.77")
+        });
     });
 }
 
@@ -460,21 +466,27 @@ fn a_host_network_is_closed_whatever_the_host_forwards() {
 }
 
 /// Another process with a network of shared mode. It runs in this thread's network namespace.
-struct Process(Child);
+/// It writes to a pipe, of which this is the other end.
+struct Process(Child, BufReader<ChildStdout>);
+
+/// What it says when it has its network.
+const STARTED: &str = "the network has started";
 
 impl Process {
     fn start(tap: &str) -> Self {
         let mut command = myself();
         command.args(["--ignored", "--exact", "tap_host::the_body_of_another_process"]);
         command.env("VMRING_TEST_TAP", tap).stdin(Stdio::piped());
-        let child = command.stdout(Stdio::null()).spawn().expect("it starts");
-        let this = Self(child);
-        eventually("the other process has its network", || {
-            try_sh(&format!("ip -4 -o address show dev {tap}"))
-                .is_ok_and(|text| text.contains("192.168."))
-                && switch("ipv4/ip_forward") == "1"
-                && sh(&format!("ip -o link show {tap}")).contains(",UP")
-        });
+        let mut child = command.stdout(Stdio::piped()).spawn().expect("it starts");
+        let said = BufReader::new(child.stdout.take().expect("piped"));
+        let mut this = Self(child, said);
+        stage("the other process has its network");
+        let mut line = String::new();
+        while line.trim_end() != STARTED {
+            line.clear();
+            let len = this.1.read_line(&mut line).expect("lines of text");
+            assert!(len > 0, "it ends without a network");
+        }
         this
     }
 
@@ -505,6 +517,8 @@ fn the_body_of_another_process() {
         return skip("no test has started this process");
     };
     let interface = in_mode(Mode::Shared).device(Tap::named(tap)).start().expect("it starts");
+    // The test harness would keep what `println!` prints.
+    writeln!(std::io::stdout(), "\n{STARTED}").expect("the test reads it");
     // It ends with its input, or by a signal.
     let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
     interface.stop(LONG).expect("it stops");
@@ -794,12 +808,16 @@ fn a_start_ends_with_what_was_asked_for_or_says_what_differs() {
                 unsafe { libc::if_nametoindex(name.as_ptr()) != 0 }
             })
         };
-        for round in 0..20 {
-            stage(format!("one change, round {round}"));
-            let over = AtomicBool::new(false);
+        // A change that comes after the start stays. So no round tells much by itself, but in one of
+        // them the changes are over before the start ends.
+        let (mut round, mut undone, began) = (0, 0, Instant::now());
+        while round < 20 || undone == 0 {
+            stage(format!("one change, round {round}, {undone} of them undone"));
+            assert!(began.elapsed() < LONG, "no start undoes a change");
+            let (over, changed) = (AtomicBool::new(false), AtomicBool::new(false));
             thread::scope(|scope| {
                 let _over = SetAtEnd(&over);
-                scope.spawn(|| {
+                let changes = scope.spawn(|| {
                     while !is_there() {
                         if over.load(Ordering::Acquire) {
                             return;
@@ -807,19 +825,19 @@ fn a_start_ends_with_what_was_asked_for_or_says_what_differs() {
                         thread::yield_now();
                     }
                     (0..1 + round % 3).for_each(|_| change("t0"));
+                    changed.store(true, Ordering::Release);
                 });
                 let interface = start().expect("it starts");
+                let before_the_end = changed.load(Ordering::Acquire);
+                changes.join().expect("no panic");
                 let link = sh("ip -o link show t0");
-                // The change may still come after the start.
-                if !link.contains("02:09:09:09:09:09") {
-                    for part in ["02:00:00:00:00:55", "mtu 1400", ",UP"] {
-                        assert!(link.contains(part), "{part} is not in {link}");
-                    }
-                }
+                let mut parts = ["02:00:00:00:00:55", "mtu 1400", ",UP"].into_iter();
+                undone += u32::from(before_the_end && parts.all(|part| link.contains(part)));
                 interface.stop(LONG).expect("it stops");
                 drop(interface);
             });
             eventually("the TAP is gone", || !is_there());
+            round += 1;
         }
         stage("a change that a start does not undo: another name");
         let over = AtomicBool::new(false);

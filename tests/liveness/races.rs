@@ -13,7 +13,7 @@ use vmring::{
 
 use super::{AtClose, Keeper, MOMENT, Running, assert_works};
 use crate::support::{
-    LONG, Script, ScriptQueue, Way, eventually, filled, guarded, inline, loopback, post,
+    LONG, Script, ScriptQueue, Way, eventually, filled, guarded, inline, loopback, number_of, post,
     quiet_network, reap, reap_n, scaled, send, stage, unique,
 };
 
@@ -224,15 +224,21 @@ fn a_storm_of_restarts_and_builds_leaves_every_ring_working() {
             eventually("they have restarted a few times", || restarts.load(Ordering::SeqCst) >= 10);
             stage(format!("round {round}: the storm ends"));
             drop(storm);
-            // The storm's packets wait in the loopback, which takes 256. Afterwards 8 reads are posted.
-            stage(format!("round {round}: the loopback is emptied"));
-            loop {
+            // The storm's packets wait in the loopback, which takes 256, before this one. Afterwards 8
+            // reads are posted.
+            let last = u64::MAX;
+            send(&mut rings[0], last);
+            let mut seen = false;
+            eventually(&format!("round {round}: the loopback is emptied"), || {
                 (reader.in_flight()..8).for_each(|number| post(&mut reader, number as u64));
-                if reader.wait(1, Some(Duration::from_millis(20))) == 0 {
-                    break;
+                for done in reap(&mut reader) {
+                    seen |= done.result.is_ok() && number_of(&done.frame.unwrap()) == last;
                 }
-                reap(&mut reader);
-            }
+                if reap(&mut rings[0]).iter().any(|done| done.result.is_err()) {
+                    send(&mut rings[0], last);
+                }
+                seen && rings[0].in_flight() == 0 && reader.in_flight() == 8
+            });
             stage(format!("round {round}: the rings work"));
             for ring in &mut rings {
                 send(ring, 1);
