@@ -730,9 +730,7 @@ fn help_and_completions_are_there() {
 fn the_probe_asks_its_twelve_questions() {
     assert!(refused(&["probe"]).contains("exists on macOS only"));
 
-    let start = Instant::now();
     let output = vmring(&["probe", "--simulated", "--sleep", "1"]);
-    assert!(start.elapsed() < Duration::from_secs(15), "it took {:?}", start.elapsed());
     assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
     let report = text(&output.stdout);
     assert!(report.starts_with("These are the simulator's answers"), "{report}");

@@ -28,8 +28,8 @@ use std::io::{ErrorKind, Read, Write};
 use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -414,6 +414,8 @@ fn sends_datagrams(folder: &Path, dice: &mut Dice) -> std::io::Result<()> {
 struct Steady {
     received: AtomicU64,
     lost: AtomicU64,
+    /// What it has sent itself, once it sends no more.
+    sent: OnceLock<u64>,
 }
 
 /// Sends numbered frames at one rate, and checks those of the other guest. Returns how many were sent.
@@ -427,6 +429,7 @@ fn steady(
     let socket = connected(path);
     let mut sender = socket.try_clone().expect("the same socket");
     sender.write_all(&framed(own, ALL, 60, 0)).expect("the server reads");
+    let own_seen = seen.clone();
     thread::spawn(move || {
         let reader = thread::spawn(move || {
             let mut next = 0;
@@ -449,6 +452,7 @@ fn steady(
             sender.write_all(&batch.collect::<Vec<_>>().concat()).expect("the server reads");
             sent = due.max(sent);
         }
+        own_seen.sent.set(sent).expect("it ends once");
         reader.join().expect("no steady guest is cut off");
         sent
     })
@@ -529,8 +533,15 @@ fn soak(seconds: u64) -> bool {
     }
     stop.store(true, Ordering::Relaxed);
     threads.into_iter().for_each(|thread| thread.join().expect("a guest ends"));
-    // What is on its way arrives.
-    thread::sleep(Duration::from_secs(1));
+    // What is on its way arrives, if nothing is lost.
+    let has_all = |one: &Steady, other: &Steady| {
+        other.sent.get().is_some_and(|sent| one.received.load(Ordering::Relaxed) >= *sent)
+    };
+    let waited = Instant::now();
+    while !(has_all(&seen[0], &seen[1]) && has_all(&seen[1], &seen[0])) && waited.elapsed() < LIMIT
+    {
+        thread::sleep(Duration::from_millis(50));
+    }
     end.store(true, Ordering::Relaxed);
     let sent: Vec<_> = steady.into_iter().map(|one| one.join().expect("it ends")).collect();
     println!("first half at most: {}; second half: {}", halves[0], halves[1]);

@@ -335,7 +335,7 @@ mod tests {
     use super::*;
     use crate::bridge::spec::{End, InSoftware};
 
-    const LONG: Duration = Duration::from_secs(30);
+    const LONG: Duration = Duration::from_secs(60);
 
     struct Told(Sender<Result<(), Failure>>);
 
@@ -458,21 +458,33 @@ mod tests {
             next_from(&mut a, 2);
             announce(&mut a, 1);
             next_from(&mut b, 1);
-            let others: Vec<_> = (0..idle).map(|i| guest(&links, &name, 100 + i)).collect();
-            // They sleep when nothing is looked at any more.
             let looks = || links.looks.load(Ordering::Relaxed);
-            let (start, mut before) = (Instant::now(), 0);
-            while before != looks() {
+            let first = looks();
+            let others: Vec<_> = (0..idle).map(|i| guest(&links, &name, 100 + i)).collect();
+            let mut exchange = |frames: u64| {
+                for i in 0..frames as u8 {
+                    a.write_all(&frame(2, 1, i)).unwrap();
+                    assert_eq!(next(&mut b)[30], i);
+                    b.write_all(&frame(1, 2, i)).unwrap();
+                    assert_eq!(next(&mut a)[30], i);
+                }
+            };
+            // Each is looked at a few times before it sleeps for the first time. All do when frames of
+            // the two cost no more than that.
+            const FEW: u64 = 20;
+            let start = Instant::now();
+            loop {
+                let before = looks();
+                exchange(FEW);
+                if looks() - before <= 2 * LOOKS * FEW / FRAMES
+                    && looks() - first >= idle * u64::from(ROUNDS)
+                {
+                    break;
+                }
                 assert!(start.elapsed() < LONG, "the links do not sleep");
-                before = looks();
-                thread::sleep(Duration::from_millis(100));
             }
-            for i in 0..FRAMES as u8 {
-                a.write_all(&frame(2, 1, i)).unwrap();
-                assert_eq!(next(&mut b)[30], i);
-                b.write_all(&frame(1, 2, i)).unwrap();
-                assert_eq!(next(&mut a)[30], i);
-            }
+            let before = looks();
+            exchange(FRAMES);
             let looked = looks() - before;
             assert!(looked <= 2 * LOOKS, "{looked} looks with {idle} idle guests");
             assert!(idle == 10 || idle * FRAMES > 2 * LOOKS, "{idle} guests are too few to tell");

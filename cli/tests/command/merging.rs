@@ -71,25 +71,15 @@ impl Joined {
             })
         };
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let bridge = command.spawn().expect("the command starts");
+        let mut bridge = command.spawn().expect("the command starts");
+        // It says something when it works. Before that it may still look at its TAPs.
+        let stderr = bridge.stderr.as_mut().expect("piped");
+        stderr.read_exact(&mut [0; 16]).expect("it says something before it ends");
         let ids = hosts.each_ref().map(|host| {
             // /proc/PID/task/TID/ns/net: `ip` takes the number of a thread, too.
             host.namespace().split('/').nth(4).unwrap().to_owned()
         });
         middle.run(move || {
-            let start = Instant::now();
-            let is_there = |name: &str| {
-                let text = std::fs::read_to_string("/proc/thread-self/net/dev").unwrap();
-                text.lines().any(|line| line.trim().starts_with(&format!("{name}:")))
-            };
-            let is_up = |name: &str| {
-                let output = Command::new("ip").args(["link", "show", "up", name]).output();
-                !output.unwrap().stdout.is_empty()
-            };
-            while !NAMES.iter().all(|name| is_there(name) && is_up(name)) {
-                assert!(start.elapsed() < LIMIT, "the bridge makes its TAPs");
-                thread::sleep(Duration::from_millis(10));
-            }
             for (name, id) in NAMES.iter().zip(ids) {
                 ip(&format!("link set {name} netns {id}"));
             }

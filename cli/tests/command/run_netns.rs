@@ -302,8 +302,8 @@ fn a_command_reaches_the_world() {
     let body: Vec<u8> =
         (0..LEN as u64).map(|i| (i.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56) as u8).collect();
     let wanted = digest(Sha256::new_with_prefix(&body));
+    let listener = world.outside.run(|| TcpListener::bind((OUTSIDE, 80)).expect("its port"));
     let serving = world.outside.start(move || {
-        let listener = TcpListener::bind((OUTSIDE, 80)).expect("its port");
         for number in 0..2 + SMALL {
             let (stream, _) = listener.accept().expect("a client");
             answer(stream, if number == 0 { &body } else { b"small" });
@@ -335,8 +335,8 @@ fn a_command_has_no_more_connections_than_its_limit() {
         return;
     }
     let world = World::new();
-    let serving = world.outside.start(|| {
-        let listener = TcpListener::bind((OUTSIDE, 8000)).expect("its port");
+    let listener = world.outside.run(|| TcpListener::bind((OUTSIDE, 8000)).expect("its port"));
+    let serving = world.outside.start(move || {
         (0..3).map(|_| listener.accept().map(|(stream, _)| stream)).collect::<Vec<_>>()
     });
     // What is beyond the limit is not answered.
@@ -359,10 +359,8 @@ fn a_command_reaches_no_more_than_it_may() {
         return;
     }
     let world = World::new();
-    let serving = world.outside.start(|| {
-        let listener = TcpListener::bind((OUTSIDE, 8000)).expect("its port");
-        listener.accept().map(drop)
-    });
+    let listener = world.outside.run(|| TcpListener::bind((OUTSIDE, 8000)).expect("its port"));
+    let serving = world.outside.start(move || listener.accept().map(drop));
     // The host's own address, and its loopback address by way of the gateway's, are denied by default.
     let host = world.host.start(|| TcpListener::bind(("0.0.0.0", 8000)));
     let listener = host.recv_timeout(LIMIT).expect("it ends").expect("its port");

@@ -129,8 +129,8 @@ impl Drop for Network {
 
 /// One connection: a request, its answer, and the end. Who ends it first is a matter of the number.
 fn connect(to: SocketAddr, number: u64) -> std::io::Result<()> {
-    let mut stream = TcpStream::connect_timeout(&to, Duration::from_secs(10))?;
-    stream.set_read_timeout(Some(Duration::from_secs(10)))?;
+    let mut stream = TcpStream::connect_timeout(&to, LIMIT)?;
+    stream.set_read_timeout(Some(LIMIT))?;
     let who = if (number / SERVERS as u64).is_multiple_of(2) { b'S' } else { b'C' };
     let mut request = [who; 64];
     request[1..9].copy_from_slice(&number.to_be_bytes());

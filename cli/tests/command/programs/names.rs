@@ -88,7 +88,7 @@ fn dig_is_answered_although_a_resolver_has_ended() {
     let (first, second) = (resolver(&world, OUTSIDE, "first"), resolver(&world, OTHER, "second"));
     let folder = crate::scratch("programs resolvers");
     let script = format!(
-        "cd '{}'; ask() {{ dig +tries=1 +time=5 @{GATEWAY} who.example.test TXT; }}; \
+        "cd '{}'; ask() {{ dig +tries=1 +time=30 @{GATEWAY} who.example.test TXT; }}; \
          ask >1; touch asked; while ! [ -e killed ]; do sleep 0.05; done; \
          for i in $(seq 20); do ask >2 || true; if grep -q second 2; then break; fi; done; touch again; \
          while ! [ -e none ]; do sleep 0.05; done; ask >3 || true",

@@ -90,8 +90,8 @@ fn a_command_reaches_the_world_over_ipv6() {
     // What is denied is there.
     let _denied = world.outside.run(|| TcpListener::bind((OUTSIDE, 8001)).expect("its port"));
     let _host = world.host.run(|| TcpListener::bind(("::", 8000)).expect("its port"));
-    let serving = world.outside.start(|| {
-        let listener = TcpListener::bind((OUTSIDE, 80)).expect("its port");
+    let listener = world.outside.run(|| TcpListener::bind((OUTSIDE, 80)).expect("its port"));
+    let serving = world.outside.start(move || {
         let (stream, from) = listener.accept().expect("a client");
         answer(stream, &vec![b'x'; LEN]);
         from.ip().to_string()
@@ -131,9 +131,11 @@ fn a_command_asks_for_names_over_ipv6() {
     if !has("dig") || !has("bash") {
         return;
     }
-    let serving = world.outside.start(|| {
+    let (udp, tcp) = world.outside.run(|| {
         let udp = UdpSocket::bind((super::OUTSIDE, 53)).expect("its port");
-        let tcp = TcpListener::bind((super::OUTSIDE, 53)).expect("its port");
+        (udp, TcpListener::bind((super::OUTSIDE, 53)).expect("its port"))
+    });
+    let serving = world.outside.start(move || {
         let over_udp = thread::spawn(move || {
             let mut buffer = [0; 512];
             let (len, from) = udp.recv_from(&mut buffer).expect("a query");
@@ -224,7 +226,7 @@ fn a_commands_default_route_follows_the_hosts() {
     let script = format!(
         "ip -6 -o address show dev tap0 | grep -o {OWN}; {}; ip -6 route show default | wc -l; \
          touch {mark}; {}; ip -6 route show default | wc -l; \
-         ping -6 -c 1 -W 2 {OUTSIDE} 2>&1 | grep -o unreachable",
+         ping -6 -c 1 -W 60 {OUTSIDE} 2>&1 | grep -o unreachable",
         until(""),
         until("!")
     );

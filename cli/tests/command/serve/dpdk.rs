@@ -2,6 +2,7 @@
 //! to the other.
 
 use std::io::{ErrorKind, Write};
+use std::os::unix::net::UnixStream;
 
 use super::*;
 
@@ -16,8 +17,17 @@ fn go_round(name: &str, options: &str, queues: u16, len: u32) -> Option<(Value, 
     let paths = ["a", "b"].map(|name| folder.join(format!("{name}.sock")));
     let listens = paths.each_ref().map(|path| listen(path));
     let pairs = queues.to_string();
-    let server =
-        Server::new(&["--listen", &listens[0], "--listen", &listens[1], "--queues", &pairs]);
+    let counters = folder.join("metrics.sock");
+    let server = Server::new(&[
+        "--listen",
+        &listens[0],
+        "--listen",
+        &listens[1],
+        "--queues",
+        &pairs,
+        "--metrics",
+        &format!("unix:{}", counters.display()),
+    ]);
     let vdev = |port: usize| {
         let (path, mac) = (paths[port].display(), MACS[port]);
         format!("net_virtio_user{port},path={path},mac={mac},queues={queues},{options}")
@@ -69,8 +79,19 @@ fn go_round(name: &str, options: &str, queues: u16, len: u32) -> Option<(Value, 
         thread::sleep(Duration::from_millis(50));
     }
     testpmd_does("stop\n", "Accumulated forward statistics");
-    // What is on its way arrives in the rings.
-    thread::sleep(Duration::from_millis(100));
+    // What is on its way arrives in the rings: then nothing is counted any more, and both ends agree.
+    let mut last = None;
+    let start = Instant::now();
+    loop {
+        let stream = UnixStream::connect(&counters).expect("the server shows its counters");
+        let ways = ways(&options::scraped(stream), &listens);
+        if ways.iter().all(|(sent, received)| sent == received) && last == Some(ways) {
+            break;
+        }
+        assert!(start.elapsed() < LIMIT, "(sent, received) each way: {ways:?}");
+        last = Some(ways);
+        thread::sleep(Duration::from_millis(10));
+    }
     testpmd_does("quit\n", "Stopping port 0");
     drop(input);
     let start = Instant::now();
@@ -83,6 +104,17 @@ fn go_round(name: &str, options: &str, queues: u16, len: u32) -> Option<(Value, 
 
 /// Packets that have gone far enough round.
 const ENOUGH: u64 = 2000;
+
+/// For either way: what the server says that it took of the sender, and that it gave the other.
+fn ways(answer: &str, listens: &[String; 2]) -> [(u64, u64); 2] {
+    let of = |port: usize, counter: &str| {
+        let name =
+            format!("vmring_device_total{{socket=\"{}\",counter=\"{counter}\"}}", listens[port]);
+        let value = answer.lines().find_map(|line| line.strip_prefix(&name));
+        value.unwrap_or_else(|| panic!("no {name} in {answer}")).trim().parse().expect("a count")
+    };
+    [0, 1].map(|port| (of(port, "tx_packets"), of(1 - port, "rx_packets")))
+}
 
 /// What the second port has received, as testpmd has last said.
 fn received(output: &str) -> u64 {

@@ -221,6 +221,16 @@ impl Guest {
         self.kick(1);
     }
 
+    /// Waits until the server has taken all that was sent.
+    pub(super) fn until_taken(&mut self) {
+        let start = Instant::now();
+        while self.rings[1].driver.outstanding() > 0 {
+            self.rings[1].driver.collect();
+            assert!(start.elapsed() < LIMIT, "the server does not take what was sent");
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+
     /// The next packet, if one comes in this time.
     pub(super) fn receive_within(&mut self, time: Duration) -> Option<Vec<u8>> {
         self.receive_with_header_within(time).map(|(_, packet)| packet)

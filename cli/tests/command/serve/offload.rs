@@ -283,10 +283,16 @@ fn through_a_tap(engine: &str) {
     let before = taken_by_the_kernel();
     let mut large = Guest::new(&a, mac(1));
     large.post(250);
-    let lengths = talk(&mut large, 1, BACK);
-    // How much the kernel puts into one frame depends on how fast it goes.
-    let most = lengths.iter().max().copied().unwrap_or(0);
-    assert!(most > 2 * PLAIN, "the longest of {} frames has {most} bytes", lengths.len());
+    let (mut lengths, mut talks) = (Vec::<usize>::new(), 0);
+    let start = Instant::now();
+    // How much the kernel puts into one frame depends on how fast it goes, and a host that had to wait
+    // for an answer goes slowly until the end.
+    while lengths.iter().all(|&len| len <= 2 * PLAIN) {
+        let most = lengths.iter().max();
+        assert!(start.elapsed() < LIMIT, "the longest of {} frames: {most:?} bytes", lengths.len());
+        lengths.extend(talk(&mut large, 1, BACK));
+        talks += 1;
+    }
     let mut tcp = [&[0; 12][..], &[0x50, 0x10, 0xff, 0xff, 0, 0, 0, 0]].concat();
     tcp.extend(bytes(BACK));
     let host = host_mac(&mut large, 1);
@@ -306,8 +312,9 @@ fn through_a_tap(engine: &str) {
     let taken = taken_by_the_kernel();
     let [packets, octets] = [0, 1].map(|i| taken[i] - before[i]);
     assert!(octets > 2 * BACK as u64, "{octets} bytes");
-    // Two packets with data; the others answer what the guest has got.
-    assert!(packets <= lengths.len() as u64 + 12, "{packets} for {} frames", lengths.len());
+    // Each time two packets with data; the others answer what the guest has got.
+    let most = lengths.len() as u64 + 12 * talks;
+    assert!(packets <= most, "{packets} for {} frames in {talks} talks", lengths.len());
     let report = server.report("TERM");
     assert_eq!(counter(&report["sockets"][0]["counts"], "rx_software"), 0, "{report:#}");
     let of_ports =
