@@ -369,7 +369,7 @@ impl DhcpServer {
     /// The ARP request that asks whether an address is in use. The server names its own address in
     /// it and not 0.0.0.0, which a station that probes the same address would take for a rival
     /// (RFC 5227, 2.1.1).
-    fn question(&self, address: Ipv4Addr) -> Option<[u8; MIN_FRAME_LEN]> {
+    pub(crate) fn question(&self, address: Ipv4Addr) -> Option<[u8; MIN_FRAME_LEN]> {
         let mac = EthernetAddress(self.config.server_mac.into_array());
         let request = ArpRepr::EthernetIpv4 {
             operation: ArpOperation::Request,

@@ -289,6 +289,13 @@ impl Gateway {
         self.ipv6.as_ref()?.solicit(address, out)
     }
 
+    /// As [`neighbor_solicitation`](Self::neighbor_solicitation), for an address of IPv4 (RFC 826).
+    pub fn arp_request(&self, address: Ipv4Addr, out: &mut [u8]) -> Option<usize> {
+        let question = self.dhcp.question(address)?;
+        out.get_mut(..question.len())?.copy_from_slice(&question);
+        Some(question.len())
+    }
+
     /// Says that another interface has got this number.
     pub(crate) fn port_joined(&self, port: u32) {
         if let Some(ipv6) = &self.ipv6 {

@@ -49,7 +49,7 @@ mod worker;
 
 use core::any::Any;
 use core::fmt;
-use core::net::{Ipv4Addr, Ipv6Addr};
+use core::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use core::time::Duration;
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -870,11 +870,15 @@ impl<B: PacketBuffer> RouterEnd<B> {
         self.send_to_all(|out| gateway.router_advertisement(out));
     }
 
-    /// Asks the stations behind each port but the uplink who uses an address of IPv6. The answer is among
-    /// the gateway's [neighbours](Gateway::neighbors) some time later.
-    pub fn solicit_ipv6(&mut self, address: Ipv6Addr) {
+    /// Asks the stations behind each port but the uplink who uses an address. Some time later the answer is
+    /// among the gateway's [neighbours](Gateway::neighbors), or with IPv4 among the
+    /// [holders](crate::dhcp::DhcpServer::holders) that its DHCP server knows.
+    pub fn ask_for(&mut self, address: IpAddr) {
         let gateway = std::sync::Arc::clone(&self.gateway);
-        self.send_to_all(|out| gateway.neighbor_solicitation(address, out));
+        self.send_to_all(|out| match address {
+            IpAddr::V4(address) => gateway.arp_request(address, out),
+            IpAddr::V6(address) => gateway.neighbor_solicitation(address, out),
+        });
     }
 
     /// Sends what `write` writes to each port but the uplink.

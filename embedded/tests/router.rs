@@ -270,8 +270,34 @@ fn only_what_is_for_other_networks_goes_to_the_router_over_ipv6() {
     assert_eq!(router.starts.load(Ordering::SeqCst), 0);
 }
 
+/// Goal: the router finds a silent guest by a question, which each guest hears, but nobody behind the uplink,
+/// and the gateway knows who has answered.
+#[test]
+fn the_router_asks_for_a_silent_guest() {
+    let (network, router, gateway) = network();
+    let (mut alice, mut bob) = (Guest::join(&network, 1), Guest::isolated(&network, 2));
+    let mut uplink = Guest::with(&network, PortConfig { uplink: true, ..config(3) });
+    network.start_router().unwrap();
+    assert_eq!(router.receive(), []);
+    router.with(|end| {
+        end.ask_for(OWN.into());
+        end.flush();
+    });
+    for guest in [&mut alice, &mut bob] {
+        let question = guest.receive().pop().expect("a question");
+        assert_eq!((&question[..6], question[21]), (&[0xff; 6][..], 1), "an ARP request to all");
+        assert_eq!(question[22..28], *gateway.as_bytes());
+        assert_eq!(question[38..42], OWN.octets());
+    }
+    assert!(uplink.receive().is_empty());
+    bob.ask(&arp_reply(bob.mac, OWN, gateway, SHARED));
+    let holder = AddressHolder { address: OWN, mac: bob.mac, port: Some(1), leased: false };
+    let dhcp = network.gateway().unwrap().dhcp();
+    assert_eq!(dhcp.holders(core::time::Duration::from_secs(1)), [holder]);
+}
+
 /// Goal: the router makes the gateway a router of IPv6, and each guest hears of it, but nobody behind the
-/// uplink. It finds a silent guest by a question, which each guest hears too.
+/// uplink. It finds a silent guest by a question, as over IPv4.
 #[test]
 fn the_router_speaks_to_all_guests_over_ipv6() {
     let (network, router, gateway) = network_v6();
@@ -300,7 +326,7 @@ fn the_router_speaks_to_all_guests_over_ipv6() {
     assert_eq!(lifetime(bob.receive()), (vec![false], 1));
     let silent: Ipv6Addr = "fd12:3456:0:1::b0b".parse().unwrap();
     router.with(|end| {
-        end.solicit_ipv6(silent);
+        end.ask_for(silent.into());
         end.flush();
     });
     for guest in [&mut alice, &mut bob] {

@@ -198,6 +198,11 @@ impl<T> Forwards<T> {
         self.forwards.iter().map(Keyed::key)
     }
 
+    /// Where each forward leads to.
+    pub(crate) fn guests(&self) -> impl Iterator<Item = Guest> + '_ {
+        self.forwards.iter().map(|forward| forward.guest)
+    }
+
     /// How many listeners of TCP there are. Those of UDP are the datagrams'.
     pub(crate) fn descriptors(&self) -> usize {
         let is_tcp = |forward: &&Forward<T>| matches!(forward.listener, Listener::Tcp(_));

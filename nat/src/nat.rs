@@ -411,6 +411,11 @@ impl<S: Sockets> Nat<S> {
         self.forwards.places_of_all()
     }
 
+    /// The guest of each port forward, in no particular order.
+    pub fn forward_guests(&self) -> impl Iterator<Item = Guest> + '_ {
+        self.forwards.guests()
+    }
+
     /// Ends the flows of UDP that have a port of the host which a forward is to have, at any address of the
     /// host. A guest's next datagram has another port.
     pub fn give_up_port(&mut self, port: u16, now: Duration, out: &mut dyn Output) {

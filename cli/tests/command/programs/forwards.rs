@@ -5,19 +5,16 @@ use std::net::{TcpStream, UdpSocket};
 use super::*;
 
 /// curl reaches a guest's server by the host's loopback address, not by the host's other address; it
-/// waits for a guest that comes late.
+/// waits for a guest that comes late and sends nothing by itself.
 #[test]
 fn curl_reaches_a_guest_by_the_hosts_loopback_address_only() {
-    if !have(&["curl", "python3", "ping"]) {
+    if !have(&["curl", "python3"]) {
         return;
     }
     let (world, folder) = (World::new(), crate::scratch("programs forwards"));
     fs::write(folder.join("body"), content(4 << 20)).expect("a file");
-    // The network learns the guest's address by the ping. Its server listens before.
     let script = format!(
-        "cd '{}'; sleep 1; python3 -m http.server 80 >/dev/null 2>&1 & \
-         while ! grep -q ':0050 00000000:0000 0A' /proc/net/tcp; do sleep 0.05; done; \
-         ping -c 1 -W 20 {GATEWAY} >/dev/null; \
+        "cd '{}'; sleep 1; python3 -m http.server 80 >/dev/null 2>log & \
          python3 -c 'import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
          s.bind((\"\", 7))\n\
          while True: s.sendto(*s.recvfrom(2000))' & \

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::net::Ipv4Addr;
+use std::net::{IpAddr, Ipv4Addr};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,9 +11,11 @@ use vmring_embedded::RouterEnd;
 use vmring_embedded::dhcp::AddressHolder;
 use vmring_nat::dns::names::Names;
 use vmring_nat::sys::{Host, Waker};
-use vmring_nat::{Full, Link, Nat, Output, Port, Sources};
+use vmring_nat::{Full, Guest, Link, Nat, Output, Port, Sources};
 
-use super::limits::{ADDRESSES, ADDRESSES_MAX, ADDRESSES_SHARE, LOOK_FIRST, LOOK_MAX, ROUTES};
+use super::limits::{
+    ADDRESSES, ADDRESSES_MAX, ADDRESSES_SHARE, ASK_FOR_GUESTS, LOOK_FIRST, LOOK_MAX, ROUTES,
+};
 use super::names::GuestNames;
 use crate::device::slot::PostedSlot;
 use crate::sync::{AtomicBool, AtomicU64, Mutex, Ordering};
@@ -25,6 +27,8 @@ pub(super) struct Guests {
     mtu: u32,
     /// The ports that have taken no frame. The translator asks for space with a shared borrow.
     full: RefCell<Vec<FullPort>>,
+    /// When guests may be asked for addresses next.
+    ask_at: Duration,
 }
 
 /// A port that has taken no frame. Nobody says when it does again: a guest would pay for that with each
@@ -38,7 +42,7 @@ struct FullPort {
 
 impl Guests {
     pub(super) fn new(end: RouterEnd<PostedSlot>, mtu: u32) -> Self {
-        Self { end, mtu, full: RefCell::default() }
+        Self { end, mtu, full: RefCell::default(), ask_at: Duration::ZERO }
     }
 
     fn note_full(&self, port: Port) {
@@ -77,6 +81,27 @@ impl Guests {
     pub(super) fn next_look(&mut self, now: Duration) -> Option<Duration> {
         let full = self.full.get_mut().iter_mut();
         full.map(|full| *full.at.get_or_insert(now + LOOK_FIRST)).min()
+    }
+
+    /// Asks for the addresses that port forwards lead to and that nobody has used yet: a guest whose address
+    /// is set by hand may only wait for connections.
+    pub(super) fn ask_for_silent(&mut self, nat: &mut Nat<Host>, now: Duration) {
+        if now < self.ask_at {
+            return;
+        }
+        self.ask_at = now + ASK_FOR_GUESTS;
+        let address = |guest| match guest {
+            Guest::Address(address) => Some(address),
+            Guest::Mac(_) => None,
+        };
+        let mut wanted: Vec<IpAddr> = nat.forward_guests().filter_map(address).collect();
+        wanted.sort_unstable();
+        wanted.dedup();
+        for address in wanted {
+            if nat.sources().find(address).is_none() {
+                self.end.ask_for(address);
+            }
+        }
     }
 }
 

@@ -1,27 +1,24 @@
 //! What a translator does about IPv6 beside translating: it tells guests whether the gateway leads to the
-//! world, learns which addresses they use, and asks for those that a port forward leads to and that nobody
-//! has used yet.
+//! world, and learns which addresses they use.
 
 use std::hash::{BuildHasher, RandomState};
-use std::net::IpAddr;
 use std::time::Duration;
 
 use vmring_embedded::gateway::Neighbor;
 use vmring_nat::sys::{Host, has_ipv6_route};
-use vmring_nat::{Counter, Guest, Nat, Port};
+use vmring_nat::{Counter, Nat, Port};
 
 use super::guests::{Directory, Guests};
 use super::limits::{
-    ADDRESSES, ADVERTISE_AGAIN, ADVERTISE_MAX, ADVERTISE_MIN, ADVERTISEMENTS_OF_A_CHANGE,
-    ASK_FOR_GUESTS, ROUTES, ROUTES_IDLE,
+    ADDRESSES, ADVERTISE_AGAIN, ADVERTISE_MAX, ADVERTISE_MIN, ADVERTISEMENTS_OF_A_CHANGE, ROUTES,
+    ROUTES_IDLE,
 };
 
 /// See the [module](self).
 pub(super) struct Discovery {
     /// Whether the network has IPv6.
     is_on: bool,
-    /// Whether this worker is the one that tells guests of the gateway. Each learns, and asks for the guests
-    /// of its own forwards.
+    /// Whether this worker is the one that tells guests of the gateway. Each learns.
     tells: bool,
     /// When the host's routes were looked at last. `None` if they were not.
     looked: Option<Duration>,
@@ -35,8 +32,6 @@ pub(super) struct Discovery {
     seen: u64,
     /// When that may be looked at next: a guest can make the gateway see changes.
     learn_at: Duration,
-    /// When guests may be asked for addresses next.
-    ask_at: Duration,
     random: RandomState,
 }
 
@@ -51,7 +46,6 @@ impl Discovery {
             again: 0,
             seen: 0,
             learn_at: Duration::ZERO,
-            ask_at: Duration::ZERO,
             random: RandomState::new(),
         }
     }
@@ -72,7 +66,6 @@ impl Discovery {
             } else if std::mem::replace(&mut self.frames, frames) != frames {
                 directory.note_frames(now);
             }
-            self.ask(nat, guests, now);
         }
     }
 
@@ -126,25 +119,5 @@ impl Discovery {
     fn interval(&self, now: Duration) -> Duration {
         let range = (ADVERTISE_MAX - ADVERTISE_MIN).as_millis() as u64;
         ADVERTISE_MIN + Duration::from_millis(self.random.hash_one(now) % range)
-    }
-
-    /// Asks for guests that port forwards lead to, and whose places nobody knows.
-    fn ask(&mut self, nat: &mut Nat<Host>, guests: &mut Guests, now: Duration) {
-        if now < self.ask_at {
-            return;
-        }
-        self.ask_at = now + ASK_FOR_GUESTS;
-        let of_v6 = |info: vmring_nat::ForwardInfo| match info.guest {
-            Guest::Address(IpAddr::V6(address)) => Some(address),
-            _ => None,
-        };
-        let mut wanted: Vec<_> = nat.forwards().filter_map(of_v6).collect();
-        wanted.sort_unstable();
-        wanted.dedup();
-        for address in wanted {
-            if nat.sources().find(address.into()).is_none() {
-                guests.end.solicit_ipv6(address);
-            }
-        }
     }
 }

@@ -191,6 +191,7 @@ pub(super) fn run(
         directory.follow(&guests, &mut nat, &mut names_told, now);
         take_turns(&mut nat, &mut guests, &mut batch, now);
         discovery.turn(&mut nat, &mut guests, directory, now);
+        guests.ask_for_silent(&mut nat, now);
         for command in commands.take() {
             obey(command, &mut nat, &mut guests, now);
         }
