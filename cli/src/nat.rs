@@ -44,8 +44,8 @@ pub(crate) struct NatArgs {
     #[arg(long, conflicts_with = "ipv6")]
     pub(crate) no_ipv6: bool,
     /// Change how far guests can make something grow: flows, half-open, udp-flows, echo-flows,
-    /// dns-pending, new-flows-per-second (a guest has at most three quarters of each), kernel-memory
-    /// (bytes) or descriptors; can be repeated
+    /// dns-pending, new-flows-per-second, kernel-memory (bytes) or descriptors; a guest has at most three
+    /// quarters of each; can be repeated
     #[arg(long, value_name = "NAME=NUMBER")]
     pub(crate) limit: Vec<Limit>,
     /// Translate by so many threads, from 1 to 8, each with flows of its own; the limits hold for all of
@@ -124,6 +124,18 @@ impl NatArgs {
         driver.nat(forwards)
     }
 
+    /// How many descriptors the way out has at most.
+    pub(crate) fn descriptors(&self) -> u64 {
+        if self.no_nat { 0 } else { self.limits().descriptors as u64 }
+    }
+
+    /// The limits, with those that are given.
+    fn limits(&self) -> Limits {
+        let mut limits = Limits::default();
+        self.limit.iter().for_each(|one| one.apply(&mut limits));
+        limits
+    }
+
     /// Whether a port of the host is forwarded that takes a privilege to listen on.
     pub(crate) fn has_low_port(&self) -> bool {
         self.forward.iter().any(|rule| (1..1024).contains(&rule.port))
@@ -134,13 +146,8 @@ impl NatArgs {
         let settings = self.deny.iter().fold(NatSettings::new(), |all, one| all.deny(*one));
         let settings = self.allow.iter().fold(settings, |all, one| all.allow(*one));
         let settings = self.host_port.iter().fold(settings, |all, one| all.host_port(*one));
-        let settings = if self.limit.is_empty() {
-            settings
-        } else {
-            let mut limits = Limits::default();
-            self.limit.iter().for_each(|one| one.apply(&mut limits));
-            settings.limits(limits)
-        };
+        let settings =
+            if self.limit.is_empty() { settings } else { settings.limits(self.limits()) };
         let settings = self.nat_workers.iter().fold(settings, |all, one| all.workers(*one));
         if self.dns.is_empty() {
             return settings;
@@ -199,8 +206,10 @@ impl Limit {
                 (limits.new_flows_per_second, port.new_flows_per_second) =
                     (most as u32, part as u32);
             }
-            Limited::KernelMemory => limits.kernel_memory = self.most,
-            Limited::Descriptors => limits.descriptors = most,
+            Limited::KernelMemory => {
+                (limits.kernel_memory, port.kernel_memory) = (self.most, self.most - self.most / 4);
+            }
+            Limited::Descriptors => (limits.descriptors, port.descriptors) = (most, part),
         }
     }
 }
@@ -250,7 +259,9 @@ mod tests {
         let limits = of("new-flows-per-second=8000");
         assert_eq!((limits.new_flows_per_second, limits.port.new_flows_per_second), (8000, 6000));
         assert_eq!(of("kernel-memory=99999999999").kernel_memory, 99_999_999_999);
-        assert_eq!(of("descriptors=70").descriptors, 70);
+        assert_eq!(of("kernel-memory=8").port.kernel_memory, 6);
+        let limits = of("descriptors=80");
+        assert_eq!((limits.descriptors, limits.port.descriptors), (80, 60));
         // The numbers that nobody changes stay: a guest has three quarters of them, too.
         for (name, what) in LIMITED {
             let mut limits = Limits::default();
@@ -277,21 +288,20 @@ mod tests {
         let limits = Limits::default();
         let port = limits.port;
         let of = |what| match what {
-            Limited::Flows => (limits.flows as u64, Some(port.flows as u64)),
-            Limited::HalfOpen => (limits.half_open as u64, Some(port.half_open as u64)),
-            Limited::UdpFlows => (limits.udp_flows as u64, Some(port.udp_flows as u64)),
-            Limited::EchoFlows => (limits.echo_flows as u64, Some(port.echo_flows as u64)),
-            Limited::DnsPending => (limits.dns_pending as u64, Some(port.dns_pending as u64)),
+            Limited::Flows => (limits.flows as u64, port.flows as u64),
+            Limited::HalfOpen => (limits.half_open as u64, port.half_open as u64),
+            Limited::UdpFlows => (limits.udp_flows as u64, port.udp_flows as u64),
+            Limited::EchoFlows => (limits.echo_flows as u64, port.echo_flows as u64),
+            Limited::DnsPending => (limits.dns_pending as u64, port.dns_pending as u64),
             Limited::NewFlowsPerSecond => {
-                (limits.new_flows_per_second.into(), Some(port.new_flows_per_second.into()))
+                (limits.new_flows_per_second.into(), port.new_flows_per_second.into())
             }
-            Limited::KernelMemory => (limits.kernel_memory, None),
-            Limited::Descriptors => (limits.descriptors as u64, None),
+            Limited::KernelMemory => (limits.kernel_memory, port.kernel_memory),
+            Limited::Descriptors => (limits.descriptors as u64, port.descriptors as u64),
         };
         let guide = include_str!("../../docs/nat.md");
         for (name, what) in LIMITED {
             let (most, port) = of(what);
-            let port = port.map_or("-".to_owned(), |port| port.to_string());
             let row = format!("\n| `{name}` | {most} | {port} | ");
             assert!(guide.contains(&row), "the guide has no row {row}");
         }

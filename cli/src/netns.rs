@@ -44,6 +44,8 @@ use settings::Settings;
 
 /// Packets in flight in each direction.
 const DEPTH: u32 = 256;
+/// The files that this process has open at most, without those of the way out.
+const FILES: u64 = 128;
 /// What a shell adds to the number of the signal that ended a command.
 const BY_SIGNAL: i32 = 128;
 
@@ -142,6 +144,8 @@ fn join(tap: &OwnedFd, args: &RunNetnsArgs) -> Result<(Bridge, Settings), Failur
         })?;
         start("the TAP", builder(offloads).device(Tap::from_fd(fd)))
     })?;
+    // The command has its limit from before.
+    crate::system::allow_open_files(FILES + args.nat.descriptors());
     let driver = args.nat.embedded(Embedded::network("run-netns").overflow(QUEUE));
     let shared = builder(tap.offloads()).mode(Mode::Shared).device(driver);
     let shared = match args.subnet {

@@ -87,7 +87,8 @@ pub(crate) fn serve(args: &ServeArgs, teller: Rc<dyn Teller>) -> Result<(), Fail
     passed.check(&listens)?;
     // From here on a signal ends the server with its report. The thread that looks at the signals starts
     // after the confinement, so that it is confined too.
-    system::allow_open_files(open_files(args, &listens).into());
+    let of_way_out = if wanted.is_embedded() { args.nat.descriptors() } else { 0 };
+    system::allow_open_files(u64::from(open_files(args, &listens)) + of_way_out);
     let signals = Stop::catch_signals_and(if teller.reports() { REPORTING } else { &[] })?;
     let live = if teller.reports() { Live::start() } else { Live::off() };
     let identity = identity(args)?;

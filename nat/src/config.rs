@@ -108,6 +108,8 @@ impl Limits {
                 echo_flows: self.port.echo_flows.div_ceil(n),
                 dns_pending: self.port.dns_pending.div_ceil(n),
                 new_flows_per_second: self.port.new_flows_per_second.div_ceil(n as u32),
+                kernel_memory: self.port.kernel_memory.div_ceil(n as u64),
+                descriptors: self.port.descriptors.div_ceil(n),
                 inbox_frames: self.port.inbox_frames.div_ceil(n as u32),
             },
         }
@@ -147,6 +149,11 @@ pub struct PortLimits {
     pub dns_pending: usize,
     /// The most flows that are opened per second. As many can be opened at once.
     pub new_flows_per_second: u32,
+    /// What the sockets of TCP may cost the kernel, in bytes, and those of datagrams as much. Beyond it, the
+    /// port's new sockets get small buffers, and its flows offer small windows.
+    pub kernel_memory: u64,
+    /// The most descriptors. Whatever the process may have (`RLIMIT_NOFILE`), a quarter is left to others.
+    pub descriptors: usize,
     /// How many frames of the guest wait for the translator at most. The windows of the flows that had
     /// data from the guest in the last second together offer half of them: a segment for each, or more
     /// if the guest's frames hold more. The other half is for frames that no window limits, such as
@@ -164,6 +171,8 @@ impl Default for PortLimits {
             echo_flows: limits::ECHO_FLOWS / 4 * 3,
             dns_pending: limits::DNS_PENDING / 4 * 3,
             new_flows_per_second: limits::NEW_FLOWS_PER_SECOND / 4 * 3,
+            kernel_memory: limits::KERNEL_MEMORY / 4 * 3,
+            descriptors: limits::DESCRIPTORS / 4 * 3,
             inbox_frames: 0,
         }
     }

@@ -200,7 +200,9 @@ impl<T> Datagrams<T> {
         let socket = result?;
         // TCP's sockets are counted as they are, and the others by what each may have.
         let kernel = io.ports.tcp_kernel + io.ports.other_descriptors as u64 * DATAGRAM_CHARGE;
-        if kernel > io.config.limits.kernel_memory {
+        let own = io.ports.get(key.port).sockets as u64 * DATAGRAM_CHARGE;
+        let limits = &io.config.limits;
+        if kernel > limits.kernel_memory || own > limits.port.kernel_memory {
             io.count(key.port, Counter::SmallBuffers);
             io.sockets.set_datagram_buffers(&socket, SMALL_SOCKET_BUFFER);
         }

@@ -441,7 +441,7 @@ impl<T> Forward<T> {
                     }
                     let why = if self.open >= self.max_flows {
                         Some(Counter::ForwardLimit)
-                    } else if !io.has_descriptor() {
+                    } else if !io.has_descriptor_for(port) {
                         Some(Counter::DescriptorLimit)
                     } else {
                         None

@@ -99,6 +99,14 @@ impl<S: Sockets> Io<'_, S> {
         self.ports.descriptors() < limit
     }
 
+    /// Whether another socket may be opened for a port. Whatever the system lets the process have, the port
+    /// leaves a quarter to others.
+    pub(crate) fn has_descriptor_for(&self, port: Port) -> bool {
+        let all = self.sockets.capabilities().descriptors;
+        let own = self.config.limits.port.descriptors.min(all - all / 4);
+        self.has_descriptor() && self.ports.descriptors_of(port) < own
+    }
+
     /// Decides about a new flow of a guest. Where it leads to, or why it may not be opened.
     pub(crate) fn decide(
         &mut self,

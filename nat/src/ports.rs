@@ -40,6 +40,8 @@ pub(crate) struct PortState {
     pub(crate) counters: Counters,
     pub(crate) flows: usize,
     pub(crate) half_open: usize,
+    /// Its sockets that are not TCP's.
+    pub(crate) sockets: usize,
     pub(crate) new_flows: Bucket,
     errors: Bucket,
     /// The second that `busy` is about.
@@ -122,6 +124,11 @@ impl Ports {
         self.tcp_descriptors + self.other_descriptors
     }
 
+    /// How many sockets a port has at most: each flow of TCP has one, and some wait for it to end.
+    pub(crate) fn descriptors_of(&self, port: Port) -> usize {
+        self.ports.get(port.0 as usize).map_or(0, |state| state.flows + state.sockets)
+    }
+
     /// A port's state. It is made when the port is first seen.
     ///
     /// # Panics
@@ -136,6 +143,7 @@ impl Ports {
                 counters: Counters::default(),
                 flows: 0,
                 half_open: 0,
+                sockets: 0,
                 new_flows: Bucket::new(limits.new_flows_per_second),
                 errors: Bucket::new(ERRORS_PER_SECOND),
                 second: 0,

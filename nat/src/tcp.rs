@@ -371,8 +371,8 @@ impl<T> Tcp<T> {
         port: Port,
         io: &mut Io<'_, S>,
     ) -> Result<(), Counter> {
-        let limit = io.config.limits.descriptors.min(self.memory.capabilities.descriptors);
-        if self.memory.descriptors + io.ports.other_descriptors >= limit {
+        io.ports.tcp_descriptors = self.memory.descriptors;
+        if !io.has_descriptor_for(port) {
             return Err(Counter::DescriptorLimit);
         }
         if self.flows.is_full() {
@@ -388,7 +388,7 @@ impl<T> Tcp<T> {
         io: &mut Io<'_, S>,
     ) -> ConnectOptions {
         let Datagram { dscp, hop_limit, .. } = datagram;
-        let small = self.memory.kernel > io.config.limits.kernel_memory;
+        let small = self.memory.is_short(port, &io.config.limits);
         if small {
             io.count(port, Counter::SmallBuffers);
         }

@@ -631,6 +631,16 @@ fn the_kernels_memory_is_bounded_for_datagrams() {
     let all: Vec<_> = (0..5).map(buffers).collect();
     assert_eq!(all, [None, None, None, Some(64 << 10), Some(64 << 10)]);
     assert_eq!(pair.counted(Counter::SmallBuffers), 2);
+    // One port's own part.
+    let mut limits = config(false);
+    limits.limits.port.kernel_memory = 1 << 20;
+    let mut pair = Pair::with(limits, plain_link(), false);
+    from_ports(&mut pair, 0, 2000..2005);
+    from_ports(&mut pair, 1, 2000..2001);
+    let buffers = |index| pair.net.kernel.with(index, |peer| peer.options.buffers);
+    let all: Vec<_> = (0..6).map(buffers).collect();
+    let small = Some(64 << 10);
+    assert_eq!(all, [None, None, None, small, small, None]);
 }
 
 /// A port that takes no frames leaves its datagrams in the kernel, and gets them later.

@@ -278,6 +278,8 @@ fn every_limit_holds_and_is_counted() {
     assert_eq!((net.kernel.open(), counted(&net, Counter::FlowLimit)), (20, 1980));
     let net = limited(&|limits| limits.flows = 30);
     assert_eq!((net.kernel.open(), counted(&net, Counter::FlowLimit)), (30, 1970));
+    let net = limited(&|limits| limits.port.descriptors = 30);
+    assert_eq!((net.kernel.open(), counted(&net, Counter::DescriptorLimit)), (30, 1970));
     let net = limited(&|limits| limits.descriptors = 40);
     assert_eq!((net.kernel.open(), counted(&net, Counter::DescriptorLimit)), (40, 1960));
     let net = limited(&|limits| limits.half_open = 60);
@@ -287,6 +289,30 @@ fn every_limit_holds_and_is_counted() {
     net.wait(std::time::Duration::from_millis(500));
     from_port(&mut net, 0, &syns(0, 2000));
     assert_eq!(net.kernel.open(), 150);
+}
+
+/// S6: however few descriptors the process may have, one port leaves a quarter of them to others.
+#[test]
+fn a_port_leaves_descriptors_to_others() {
+    let mut config = config(false);
+    (config.limits.half_open, config.limits.port.half_open) = (1000, 1000);
+    let mut net = Net::new(config, plain_link());
+    net.kernel.0.borrow_mut().capabilities.descriptors = 40;
+    from_port(&mut net, 0, &syns(0, 20));
+    let (from, to) = (([192, 168, 64, 10], 1), ([192, 0, 2, 1], 53));
+    let datagram = |port| udp_frame((from.0, port).into(), to.into(), b"?");
+    let datagrams: Vec<_> = (1..=50).map(datagram).collect();
+    from_port(&mut net, 0, &datagrams);
+    assert_eq!(net.kernel.open(), 30);
+    from_port(&mut net, 0, &syns(0, 40)[20..]);
+    assert_eq!((net.kernel.open(), counted(&net, Counter::DescriptorLimit)), (30, 20));
+    from_port(&mut net, 1, &syns(1, 20));
+    assert_eq!((net.kernel.open(), counted(&net, Counter::DescriptorLimit)), (40, 30));
+    // What a port does not have any more is everybody's.
+    let (now, out) = (net.now, &mut net.out);
+    net.nat.port_left(Port(0), now, out);
+    from_port(&mut net, 1, &syns(1, 60)[20..]);
+    assert_eq!(net.kernel.open(), 30);
 }
 
 /// S6: when the kernel's memory for sockets is used up, new sockets get small buffers, and old ones offer
@@ -312,6 +338,21 @@ fn the_kernels_memory_is_bounded() {
     script.net.nat.port_left(Port(1), now, out);
     from_port(&mut script.net, 2, &syns(2, 1));
     assert_eq!(script.net.kernel.with(2, |peer| peer.options.buffers), None);
+}
+
+/// S6: a port whose sockets cost the kernel as much as it may have gets small buffers, and another does not.
+#[test]
+fn the_kernels_memory_is_bounded_for_each_port() {
+    let mut config = config(false);
+    config.limits.port.kernel_memory = 3 * u64::from(vmring_nat::limits::SOCKET_CHARGE);
+    let mut net = Net::new(config, plain_link());
+    from_port(&mut net, 0, &syns(0, 6));
+    from_port(&mut net, 1, &syns(1, 1));
+    let buffers = |index| net.kernel.with(index, |peer| peer.options.buffers);
+    let small = Some(64 << 10);
+    let all: Vec<_> = (0..7).map(buffers).collect();
+    assert_eq!(all, [None, None, None, None, small, small, None]);
+    assert_eq!(net.nat.port_counters(Port(0))[Counter::SmallBuffers], 2);
 }
 
 /// Windows: what all busy flows of a port may send fits into the port's inbox.

@@ -324,7 +324,7 @@ fn an_idle_flow_costs_512_bytes_at_most() {
         let limits = &mut config.limits;
         (limits.flows, limits.descriptors) = (20_000, 20_000);
         (limits.half_open, limits.new_flows_per_second) = (20_000, 20_000);
-        limits.port.flows = 20_000;
+        (limits.port.flows, limits.port.descriptors) = (20_000, 20_000);
         (limits.port.half_open, limits.port.new_flows_per_second) = (20_000, 20_000);
         let mut nat = Nat::new(config, sockets, now);
         let link = plain_link();

@@ -37,7 +37,7 @@ fn raised() -> Limits {
     (port.flows, port.half_open, port.new_flows_per_second) = (8192, 1024, 10_000);
     let mut limits = Limits::default();
     (limits.flows, limits.half_open, limits.new_flows_per_second) = (10_000, 1024, 10_000);
-    limits.descriptors = 16_384;
+    (limits.descriptors, port.descriptors) = (16_384, 12_288);
     limits.port = port;
     limits
 }

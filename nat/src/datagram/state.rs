@@ -119,7 +119,8 @@ impl<T> Datagrams<T> {
             if count >= cap || this.counts[index(key.protocol)] >= all || this.flows.is_full() {
                 return Some(Counter::FlowLimit);
             }
-            (forward.is_none() && !io.has_descriptor()).then_some(Counter::DescriptorLimit)
+            (forward.is_none() && !io.has_descriptor_for(key.port))
+                .then_some(Counter::DescriptorLimit)
         };
         let Some(why) = full(self, io) else { return Ok(()) };
         // The oldest that is no stream.
@@ -142,6 +143,9 @@ impl<T> Datagrams<T> {
         io: &mut Io<'_, S>,
     ) -> FlowId {
         let (port, kept) = (outlet.port, outlet.kept_port.map(|port| (outlet.v4, port)));
+        if outlet.inbound.is_none() {
+            io.ports.get(port).sockets += 1;
+        }
         let Ok(id) = self.outlets.insert(outlet) else { unreachable!("the table has no limit") };
         io.ports.other_descriptors += 1;
         if let Some((v4, port)) = kept {
@@ -219,6 +223,9 @@ impl<T> Datagrams<T> {
     pub(crate) fn close_outlet<S: Sockets<Socket = T>>(&mut self, id: FlowId, io: &mut Io<'_, S>) {
         let Some(outlet) = self.outlets.remove(id) else { return };
         io.ports.other_descriptors -= 1;
+        if outlet.inbound.is_none() {
+            io.ports.get(outlet.port).sockets -= 1;
+        }
         if let Some(port) = outlet.kept_port {
             self.kept_ports.remove(&(outlet.v4, port));
         }

@@ -368,7 +368,7 @@ impl<T> Flow<T> {
         if let Some(socket) = self.socket.take() {
             io.ports.note_end(self.key.port, &mut self.share, io.now);
             memory.descriptors -= 1;
-            memory.kernel -= u64::from(self.space.charge);
+            memory.charge(self.key.port, self.space.charge, 0);
             match ending {
                 Ending::Close => drop(socket),
                 Ending::Reset => io.sockets.reset(socket),
@@ -386,7 +386,7 @@ impl<T> Flow<T> {
         self.socket = Some(socket);
         self.space.charge = crate::limits::SOCKET_CHARGE;
         memory.descriptors += 1;
-        memory.kernel += u64::from(self.space.charge);
+        memory.charge(self.key.port, 0, self.space.charge);
     }
 
     /// Asks the socket how much it takes.
@@ -398,8 +398,7 @@ impl<T> Flow<T> {
         let Some(socket) = &self.socket else { return };
         self.since_asked = 0;
         if let Ok(space) = io.sockets.send_space(socket) {
-            memory.kernel -= u64::from(self.space.charge);
-            memory.kernel += u64::from(space.charge);
+            memory.charge(self.key.port, self.space.charge, space.charge);
             self.space = space;
         }
     }

@@ -545,7 +545,7 @@ impl<T> Flow<T> {
         let spilled = self.spill.as_ref().map_or(0, |spill| spill.len() as u32);
         let room = self.space.free.saturating_add(self.overfill(memory));
         let mut room = room.saturating_sub(spilled).min(MAX_WINDOW);
-        if memory.kernel > io.config.limits.kernel_memory {
+        if memory.is_short(self.key.port, &io.config.limits) {
             // The flow may have as much in the kernel as a small buffer holds.
             let used = self.space.capacity.saturating_sub(self.space.free);
             room = room.min(SMALL_SOCKET_BUFFER.saturating_sub(used));

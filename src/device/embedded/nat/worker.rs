@@ -124,6 +124,8 @@ impl Worker {
         // What the process may have is shared as well.
         let descriptors = host.capabilities().descriptors;
         config.limits.descriptors = config.limits.descriptors.min(descriptors);
+        let own = &mut config.limits.port.descriptors;
+        *own = (*own).min(descriptors - descriptors / 4);
         config.limits = config.limits.share(settings.workers);
         config.endpoint_independent = settings.endpoint_independent;
         config.resolvers = settings.resolvers.clone();
