@@ -34,7 +34,7 @@ pub(crate) struct NatArgs {
     pub(crate) host_port: Vec<HostPort>,
     /// Ask this resolver when guests ask the gateway for names; can be repeated
     /// [default: the host's resolvers]
-    #[arg(long, value_name = "ADDRESS")]
+    #[arg(long, value_name = "ADDRESS", value_parser = resolver)]
     pub(crate) dns: Vec<IpAddr>,
     /// The first addresses of guests over IPv6 [default: a private prefix that follows from the network's
     /// name]
@@ -62,6 +62,12 @@ fn prefix(text: &str) -> Result<Ipv6Addr, String> {
     let wrong =
         || format!("'{text}' is no prefix of IPv6 with 64 bits, like fd12:3456:789a:1::/64");
     text.strip_suffix("/64").and_then(|address| address.parse().ok()).ok_or_else(wrong)
+}
+
+/// Reads the address of a resolver.
+fn resolver(text: &str) -> Result<IpAddr, String> {
+    let wrong = |_| format!("'{text}' is no IP address, and the port of resolvers is {DNS_PORT}");
+    text.parse().map_err(wrong)
 }
 
 /// Reads a number of threads.

@@ -177,6 +177,9 @@ fn wrong_arguments_are_refused() {
         (&["run-netns", "--subnet", "8.8.8.1/24", "true"], "private"),
         (&["run-netns", "--offload", "some", "true"], "[possible values: all, none]"),
         (&["run-netns", "--limit", "flows=1,half-open=2", "true"], "NAME=NUMBER"),
+        (&["run-netns", "--dns", "8.8.8.8:53", "true"], "is no IP address"),
+        (&["run-netns", "--host-port", "80-90", "true"], "the port is no number from 1"),
+        (&["run-netns", "--forward", "80=10.0.0.1", "true"], "no guest of this network"),
     ] {
         let output = crate::vmring(arguments);
         let message = text(&output.stderr);

@@ -30,6 +30,8 @@ pub enum RuleError {
     Prefix(PrefixError),
     /// The ports are no number from 1 to 65535, and no range of them.
     Ports,
+    /// The port is no number from 1 to 65535.
+    Port,
     /// The protocol is none of `tcp`, `udp` and `icmp`.
     Protocol,
     /// The rule names ports of ICMP, which has none.
@@ -41,6 +43,7 @@ impl fmt::Display for RuleError {
         f.write_str(match self {
             Self::Prefix(error) => return error.fmt(f),
             Self::Ports => "the ports are no number from 1 to 65535, and no range `first-last`",
+            Self::Port => "the port is no number from 1 to 65535",
             Self::Protocol => "the protocol is not `tcp`, `udp` or `icmp`",
             Self::IcmpPorts => "ICMP has no ports",
         })
@@ -177,7 +180,8 @@ impl FromStr for HostPort {
         if protocol == Protocol::IcmpEcho {
             return Err(RuleError::IcmpPorts);
         }
-        Ok(Self { port: port(text)?, protocol })
+        let port = port(text).map_err(|_| RuleError::Port)?;
+        Ok(Self { port, protocol })
     }
 }
 
@@ -347,7 +351,9 @@ mod tests {
         assert_eq!(port("8080"), Ok(HostPort { port: 8080, protocol: Protocol::Tcp }));
         assert_eq!(port("53,udp"), Ok(HostPort { port: 53, protocol: Protocol::Udp }));
         assert_eq!(port("53,udp").unwrap().to_string(), "53,udp");
-        assert_eq!(port("0"), Err(RuleError::Ports));
+        for text in ["0", "80-90", ""] {
+            assert_eq!(port(text), Err(RuleError::Port), "{text}");
+        }
         assert_eq!(port("1,icmp"), Err(RuleError::IcmpPorts));
     }
 

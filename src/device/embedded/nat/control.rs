@@ -57,8 +57,8 @@ impl NatControl {
     ///
     /// # Errors
     ///
-    /// [`Error::Io`] with the system's own error if it refuses the port: in use, a privileged port, an
-    /// address that the host does not have. [`Error::Config`] if the rule makes no sense on this network.
+    /// [`Error::Io`] with the kind of the system's error if it refuses the port: in use, a privileged port,
+    /// an address that the host does not have. [`Error::Config`] if the rule makes no sense on this network.
     pub fn add_forward(&self, rule: &ForwardRule) -> Result<SocketAddr, Error> {
         let (network, translator) = self.network()?;
         add(&translator, &network, rule)

@@ -335,6 +335,11 @@ fn refusal(error: ForwardError, rule: &ForwardRule) -> Error {
         ForwardError::System(SocketError::Other(errno)) if errno != 0 => errno,
         error => return ConfigError::Invalid(format!("the forward {rule}: {error}")).into(),
     };
-    let source = io::Error::from_raw_os_error(errno);
+    let system = io::Error::from_raw_os_error(errno);
+    let why = match error {
+        ForwardError::System(_) => system.to_string(),
+        error => error.to_string(),
+    };
+    let source = io::Error::new(system.kind(), format!("the forward {rule}: {why}"));
     Error::Io { what: "listening at the host's port", source }
 }
