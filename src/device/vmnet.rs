@@ -245,6 +245,22 @@ impl VmnetDevice {
     ) -> Result<T, Error> {
         f(lock(&self.started).as_ref().ok_or(Status::SetupIncomplete)?)
     }
+
+    /// As [`with_started`](Self::with_started), for port forwards. vmnet refuses those of an interface of a
+    /// network object, without a reason.
+    fn with_forwarding<T>(
+        &self,
+        f: impl FnOnce(&Arc<StartedInterface>) -> Result<T, Error>,
+    ) -> Result<T, Error> {
+        self.with_started(f).map_err(|error| match error {
+            Error::Status(Status::Failure) if self.driver.network.is_some() => {
+                let sentence = "vmnet forwards ports to an interface of a network object only as its \
+                                network was made: name them with VmnetNetworkBuilder::forward";
+                ConfigError::Invalid(sentence.to_owned()).into()
+            }
+            error => error,
+        })
+    }
 }
 
 impl Device for VmnetDevice {
@@ -323,21 +339,23 @@ impl Device for VmnetDevice {
     }
 
     fn add_port_forward(&self, rule: &PortForward) -> Result<(), Error> {
-        self.with_started(|started| forwarding::add(started, &self.driver.system, rule))?;
+        self.with_forwarding(|started| forwarding::add(started, &self.driver.system, rule))?;
         lock(&self.forwards).push(*rule);
         Ok(())
     }
 
     fn remove_port_forward(&self, protocol: Protocol, external_port: u16) -> Result<(), Error> {
         let system = &self.driver.system;
-        self.with_started(|started| forwarding::remove(started, system, protocol, external_port))?;
+        self.with_forwarding(|started| {
+            forwarding::remove(started, system, protocol, external_port)
+        })?;
         lock(&self.forwards)
             .retain(|rule| (rule.protocol, rule.external_port) != (protocol, external_port));
         Ok(())
     }
 
     fn port_forwards(&self) -> Result<Vec<PortForward>, Error> {
-        self.with_started(|started| forwarding::list(started, &self.driver.system))
+        self.with_forwarding(|started| forwarding::list(started, &self.driver.system))
     }
 
     fn shared_interfaces(&self) -> Result<Vec<String>, Error> {

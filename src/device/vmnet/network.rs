@@ -143,8 +143,9 @@ impl VmnetNetworkBuilder {
     }
 
     /// Forwards a port of the host. On an interface of a network object this is the only way:
-    /// there, [`Interface::add_port_forward`](crate::Interface::add_port_forward) fails with
-    /// [`Status::Failure`] (others have measured it on macOS 26 and 27).
+    /// there, vmnet refuses [`Interface::add_port_forward`](crate::Interface::add_port_forward) with
+    /// [`Status::Failure`] (others have measured it on macOS 26 and 27), which comes as an
+    /// [`Error::Config`] that says so.
     pub fn forward(mut self, rule: PortForward) -> Self {
         self.forwards.push(rule);
         self
