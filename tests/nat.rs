@@ -21,7 +21,8 @@ use smoltcp::phy::ChecksumCapabilities;
 use smoltcp::socket::tcp;
 use smoltcp::wire::{Icmpv4Packet, Icmpv4Repr, IpAddress, Ipv4Cidr};
 use vmring::device::embedded::nat::{
-    Counter, ForwardRule, Guest as Whose, HostAccess, HostPort, NatControl, NatSettings, Protocol,
+    Counter, ForwardRule, Guest as Whose, HostAccess, HostPort, Limits, NatControl, NatSettings,
+    Protocol,
 };
 use vmring::{Embedded, Error, Interface, Mode, Socket};
 
@@ -648,6 +649,19 @@ fn other_settings_are_refused_and_a_network_can_do_without() {
         let refused = start(Embedded::network(&name).nat(NatSettings::new())).expect_err("no rule");
         let refused = refused.to_string();
         assert!(refused.contains("with deny [10.0.0.0/8:22,tcp] and not []"), "{refused}");
+        let changed = || settings.clone();
+        let limits = Limits::default().share(2);
+        for (other, told) in [
+            (changed().allow("10.1.0.0/16".parse().expect("a rule")), "allow [] and not [10.1."),
+            (changed().host_access(HostAccess::Allow), "host_access Deny and not Allow"),
+            (changed().forward("0=[fd00::2]:22".parse().expect("a rule")), "forward [] and not [["),
+            (changed().limits(limits), "nat limits Limits"),
+            (changed().endpoint_independent(true), "endpoint_independent false and not true"),
+            (changed().resolvers([([9, 9, 9, 9], 53).into()]), "the host's and not [9.9.9.9:53]"),
+        ] {
+            let refused = start(Embedded::network(&name).nat(other)).expect_err(told).to_string();
+            assert!(refused.contains(told), "{refused}");
+        }
         let refused = start(Embedded::network(&name).no_nat()).expect_err("no way out").to_string();
         assert!(refused.contains("with nat yes and not no"), "{refused}");
         start(Embedded::network(&name).nat(settings)).expect("the same settings");

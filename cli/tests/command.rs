@@ -700,6 +700,17 @@ fn a_bridge_that_cannot_be_is_refused_in_one_sentence() {
     refused(&["bridge", &capture, "pcap:nowhere"]);
     refused(&["bridge", &capture, "embedded:a", "--mtu", "99"]);
     assert!(!folder.join("new").exists());
+    // The way out is that of one embedded network.
+    let both = refused(&["bridge", "embedded:a", "embedded:b", "--allow", "10.0.0.0/8"]);
+    assert!(both.contains("both ends are embedded networks"), "{both}");
+    let none = refused(&["bridge", "pcap:a", &capture, "--deny", "10.0.0.0/8"]);
+    assert!(none.contains("nothing here is an embedded network"), "{none}");
+    let taken = std::net::TcpListener::bind(("127.0.0.1", 0)).expect("a port");
+    let port = taken.local_addr().expect("it has a port").port();
+    let forward = format!("{port}=192.168.64.2:22");
+    let output = vmring(&["bridge", "embedded:a", &capture, "--forward", &forward]);
+    let message = text(&output.stderr);
+    assert!(!output.status.success() && message.contains("in use"), "{message}");
 }
 
 #[test]

@@ -21,7 +21,11 @@ fn curl_reaches_a_guest_by_the_hosts_loopback_address_only() {
          while ! [ -e done ]; do sleep 0.05; done; kill $(jobs -p)",
         folder.display()
     );
-    let forwards = ["--forward=8080=192.168.64.2:80", "--forward=8081-8083=192.168.64.2:80"];
+    let forwards = [
+        "--forward=8080=192.168.64.2:80",
+        "--forward=8081-8083=192.168.64.2:80",
+        "--forward=0.0.0.0:8090=192.168.64.2:80",
+    ];
     let datagrams = "--forward=7007=192.168.64.2:7,udp";
     let script = prepared(&script);
     let arguments = [&forwards[..], &[datagrams, "--", "bash", "-c", &script]].concat();
@@ -38,6 +42,11 @@ fn curl_reaches_a_guest_by_the_hosts_loopback_address_only() {
         let refused = host.run(|| TcpStream::connect((HOST, 8080))).expect_err("nobody listens");
         assert_eq!(refused.kind(), std::io::ErrorKind::ConnectionRefused);
     }
+    // A forward at all addresses lets the world in, and the guest sees who comes. The host is the gateway.
+    assert_eq!(sh(&world.outside, &get(&format!("{HOST}:8090"))).trim(), wanted);
+    let log = fs::read_to_string(folder.join("log")).expect("the server's log");
+    let from = |address: &str| log.lines().any(|line| line.starts_with(&format!("{address} - ")));
+    assert!(from(OUTSIDE) && from(GATEWAY), "{log}");
     // A second network does not get a port that is in use, and says which.
     let second = world.run_netns(&[forwards[0], "--", "true"]);
     let said = text(&second.stderr);

@@ -112,6 +112,40 @@ fn a_command_reaches_the_world_over_ipv6() {
     assert_eq!(serving.recv_timeout(LIMIT).expect("the server has served"), HOST);
 }
 
+/// iperf3 goes both ways by TCP and out by UDP.
+#[test]
+fn iperf3_goes_all_ways_over_ipv6() {
+    let Some(world) = World::with_ipv6() else { return };
+    if !has("iperf3") || !has("bash") {
+        return;
+    }
+    // A server for each, because one may still read what its last client has sent.
+    let ways = [("5201", ""), ("5202", "-R"), ("5203", "-u -b 20M -l 1400")];
+    let mut servers = ways.map(|(port, _)| {
+        let mut command = world.outside.command("iperf3");
+        command.args(["-6", "-s", "-p", port]).stdin(Stdio::null());
+        command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("a server")
+    });
+    // A server may not listen yet.
+    let script = ways.map(|(port, way)| {
+        format!(
+            "for i in $(seq 100); do said=$(iperf3 -6 -c {OUTSIDE} -p {port} -J -t 1 {way}) && break; \
+             sleep 0.1; done; echo $said"
+        )
+    });
+    let reports = world.lines(&[], &script.join("; "));
+    for server in &mut servers {
+        server.kill().and_then(|()| server.wait()).expect("it runs");
+    }
+    assert_eq!(reports.len(), ways.len(), "{reports:?}");
+    for (report, (_, way)) in reports.iter().zip(ways) {
+        let report: serde_json::Value = serde_json::from_str(report).expect("a report");
+        let end = &report["end"];
+        let sum = if way.contains("-u") { &end["sum"] } else { &end["sum_received"] };
+        assert!(sum["bytes"].as_u64().is_some_and(|bytes| bytes > 0), "{way}: {report:#}");
+    }
+}
+
 /// A resolver outside that knows one address for all names.
 fn resolve(query: &[u8]) -> Vec<u8> {
     // Behind the header and the question, there may be an option record, which is left out.
