@@ -78,18 +78,15 @@ impl Traced {
         (file, command, arguments)
     }
 
-    /// The calls that it made after it had confined itself: of all threads, or of the one with this name.
-    fn calls(file: &Path, thread: Option<&str>) -> BTreeSet<String> {
+    /// The calls that it made after it had confined itself: of all threads, or of each whose name begins so.
+    fn calls(file: &Path, threads: Option<&str>) -> BTreeSet<String> {
         let trace = std::fs::read_to_string(file).expect("a trace");
         let (_, after) = trace.rsplit_once("seccomp(SECCOMP_SET_MODE_FILTER").expect("a filter");
         let (_, after) = after.split_once('\n').expect("a line");
-        let number = thread.map(|thread| {
-            let names = format!("prctl(PR_SET_NAME, \"{thread}\"");
-            let line = trace.lines().find(|line| line.contains(&names)).expect("the thread");
-            line.split_whitespace().next().expect("its number")
-        });
+        let numbers = threads.map(|name| Self::threads(&trace, name));
         let is_its = |line: &&str| {
-            number.is_none_or(|number| line.split_whitespace().next() == Some(number))
+            let number = line.split_whitespace().next();
+            numbers.as_ref().is_none_or(|all| number.is_some_and(|number| all.contains(number)))
         };
         let name = |line: &str| {
             let (_, call) = line.split_once(' ')?;
@@ -99,6 +96,13 @@ impl Traced {
             name.chars().all(is_name).then(|| name.to_owned())
         };
         after.lines().filter(is_its).filter_map(name).collect()
+    }
+
+    /// The numbers of the threads whose names begin so.
+    fn threads<'t>(trace: &'t str, name: &str) -> BTreeSet<&'t str> {
+        let names = format!("prctl(PR_SET_NAME, \"{name}");
+        let lines = trace.lines().filter(|line| line.contains(&names));
+        lines.map(|line| line.split_whitespace().next().expect("its number")).collect()
     }
 
     /// Ends it by a signal, and returns its calls.
@@ -428,17 +432,25 @@ fn own(folder: &Path) -> BTreeSet<String> {
     traced.ended()
 }
 
-/// A guest on a wire reaches the world. Returns the calls of the server, and those of the translator's thread
-/// alone, which it also makes if there is no wire that needs them.
-fn way_out(folder: &Path, ports: super::way_out::Ports) -> [BTreeSet<String>; 2] {
+/// A guest on a wire reaches the world, by so many threads. Returns the calls of the server, and those of the
+/// translator's threads alone, which they also make if there is no wire that needs them.
+fn way_out(
+    folder: &Path,
+    ports: super::way_out::Ports,
+    workers: &'static str,
+) -> [BTreeSet<String>; 2] {
     let path = folder.join("a.sock");
-    let (options, wire) = (ports.options(), wires::at("qemu", &path));
+    let (mut options, wire) = (ports.options(), wires::at("qemu", &path));
+    options.extend(["--nat-workers", workers].map(str::to_owned));
     let mut arguments = vec!["--network", "embedded:lab", "--listen", &wire];
     arguments.extend(as_strs(&options));
     let traced = Traced::new(folder, &arguments);
     drop(super::way_out::visit(&path, ports));
     let file = traced.file.clone();
     let all = traced.ended();
+    let trace = std::fs::read_to_string(&file).expect("a trace");
+    let threads = Traced::threads(&trace, "vmring-nat").len();
+    assert_eq!(threads.to_string(), workers, "threads of the translator");
     [all, Traced::calls(&file, Some("vmring-nat"))]
 }
 
@@ -503,8 +515,12 @@ fn the_list_of_system_calls_is_what_a_server_calls() {
     if is_possible() {
         use super::way_out::Ports;
         let when = vec![When::Nat, When::Resolvers];
-        for (name, ports) in [("way out", Ports::new()), ("late way out", Ports::to_go_out())] {
-            let [all, translators] = way_out(&folder(name), ports);
+        for (name, ports, workers) in [
+            ("way out", Ports::new(), "1"),
+            ("late way out", Ports::to_go_out(), "1"),
+            ("two threads", Ports::new(), "2"),
+        ] {
+            let [all, translators] = way_out(&folder(name), ports, workers);
             kinds.push(([&when[..], &[When::Wires]].concat(), all));
             kinds.push((when.clone(), translators));
         }
