@@ -4,8 +4,8 @@ use std::net::{TcpStream, UdpSocket};
 
 use super::*;
 
-/// curl reaches a guest's server by the host's loopback address, not by the host's other address; it
-/// waits for a guest that comes late and sends nothing by itself.
+/// curl reaches a guest's server by the host's loopback address, not by the host's other address. The guest
+/// has sent nothing before.
 #[test]
 fn curl_reaches_a_guest_by_the_hosts_loopback_address_only() {
     if !have(&["curl", "python3"]) {
@@ -14,7 +14,8 @@ fn curl_reaches_a_guest_by_the_hosts_loopback_address_only() {
     let (world, folder) = (World::new(), crate::scratch("programs forwards"));
     fs::write(folder.join("body"), content(4 << 20)).expect("a file");
     let script = format!(
-        "cd '{}'; sleep 1; python3 -m http.server 80 >/dev/null 2>log & \
+        "cd '{}'; python3 -m http.server 80 >/dev/null 2>log & \
+         while ! grep -q ':0050 00000000:0000 0A' /proc/net/tcp; do sleep 0.05; done; touch up; \
          python3 -c 'import socket; s = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)\n\
          s.bind((\"\", 7))\n\
          while True: s.sendto(*s.recvfrom(2000))' & \
@@ -31,7 +32,7 @@ fn curl_reaches_a_guest_by_the_hosts_loopback_address_only() {
     let arguments = [&forwards[..], &[datagrams, "--", "bash", "-c", &script]].concat();
     let child = world.start_run_netns(&arguments);
     until_bound(&world.host, "tcp", 8080);
-    // The guest is not there yet. The connection waits.
+    until("the guest listens", || folder.join("up").exists());
     let get = |at: &str| format!("curl -sS -m 100 http://{at}/body | sha256sum | cut -d ' ' -f 1");
     let wanted = digest(&folder.join("body"));
     for at in ["127.0.0.1:8080", "127.0.0.1:8081"] {
