@@ -117,7 +117,9 @@ pub(crate) struct Producer<T: Entry> {
     /// published.
     tail: Cell<u32>,
     published: Cell<u32>,
-    head_seen: Cell<u32>,
+    /// The first index whose cell is not known to be free: the consumer's index when it was last loaded,
+    /// and the capacity.
+    full_at: Cell<u32>,
     /// How many entries [`publish_lines`](Self::publish_lines) publishes together.
     batch: Cell<u32>,
 }
@@ -155,7 +157,7 @@ pub(crate) fn queue<T: Entry>(
         shared: shared.clone(),
         tail: Cell::new(start),
         published: Cell::new(start),
-        head_seen: Cell::new(start),
+        full_at: Cell::new(start.wrapping_add(capacity)),
         batch: Cell::new(PUBLISH_BATCH),
     };
     (producer, Consumer { shared, head: start, tail_seen: start, _not_sync: PhantomData })
@@ -174,16 +176,13 @@ impl<T: Entry> Producer<T> {
     /// Whether one more entry fits.
     #[inline(always)]
     pub(crate) fn has_space(&self) -> bool {
-        if self.tail.get().wrapping_sub(self.head_seen.get()) < self.capacity() {
-            return true;
-        }
-        self.refresh_space() > 0
+        self.tail != self.full_at || self.refresh_space() > 0
     }
 
     /// How many entries fit, if they are fewer than `wanted`. Else it may be fewer than really fit.
     #[inline]
     pub(crate) fn space_for(&self, wanted: u32) -> u32 {
-        let space = self.capacity() - self.tail.get().wrapping_sub(self.head_seen.get());
+        let space = self.known_space();
         if space >= wanted { space } else { self.refresh_space() }
     }
 
@@ -192,8 +191,15 @@ impl<T: Entry> Producer<T> {
     #[inline]
     pub(crate) fn refresh_space(&self) -> u32 {
         // Acquire: pairs with the Release in `retire`. The consumer has copied these cells out.
-        self.head_seen.set(self.shared.head.load(Ordering::Acquire));
-        self.capacity() - self.tail.get().wrapping_sub(self.head_seen.get())
+        let head = self.shared.head.load(Ordering::Acquire);
+        self.full_at.set(head.wrapping_add(self.capacity()));
+        self.known_space()
+    }
+
+    /// How many entries fit, by the consumer's index when it was last loaded.
+    #[inline]
+    fn known_space(&self) -> u32 {
+        self.full_at.get().wrapping_sub(self.tail.get())
     }
 
     /// Writes an entry, which the consumer sees after [`publish`](Self::publish). If the queue is
