@@ -72,7 +72,9 @@ const_assert_eq!(Opcode::Cancel as usize, Class::Cancel as usize);
 #[derive(Debug)]
 pub(crate) struct CreditTaker {
     depth: [u32; 3],
-    taken: [Cell<u32>; 3],
+    /// The credits that can be taken without a look at those that have come back.
+    left: [Cell<u32>; 3],
+    /// How many had come back at the last look. They are among `left`, or taken again.
     returned_seen: [Cell<u32>; 3],
     /// Whether a write that skips success was ever submitted. Until then none is counted.
     skips: Cell<bool>,
@@ -82,7 +84,8 @@ pub(crate) struct CreditTaker {
 /// The reaping side.
 #[derive(Debug)]
 pub(crate) struct CreditReturner {
-    given: [u32; OPCODES],
+    /// The credits that were counted and not returned.
+    counted: [u32; OPCODES],
     returned: Arc<CachePadded<Returned>>,
 }
 
@@ -97,11 +100,11 @@ pub(crate) struct SkipCounter {
 pub(crate) fn credits(depth: [u32; 3]) -> (CreditTaker, CreditReturner, SkipCounter) {
     let reaped = [0; OPCODES].map(AtomicU32::new);
     let returned = Arc::new(CachePadded::new(Returned { reaped, skipped: AtomicU32::new(0) }));
-    let returner = CreditReturner { given: [0; OPCODES], returned: returned.clone() };
+    let returner = CreditReturner { counted: [0; OPCODES], returned: returned.clone() };
     let counter = SkipCounter { skipped: 0, published: 0, returned: returned.clone() };
-    let zeros = || [0, 0, 0].map(Cell::new);
-    let (taken, returned_seen, skips) = (zeros(), zeros(), Cell::new(false));
-    (CreditTaker { depth, taken, returned_seen, skips, returned }, returner, counter)
+    let (left, returned_seen) = (depth.map(Cell::new), [0; 3].map(Cell::new));
+    let skips = Cell::new(false);
+    (CreditTaker { depth, left, returned_seen, skips, returned }, returner, counter)
 }
 
 impl CreditTaker {
@@ -119,23 +122,22 @@ impl CreditTaker {
         if class == Class::Write && self.skips.get() {
             returned = returned.wrapping_add(self.returned.skipped());
         }
-        self.returned_seen[i].set(returned);
-        self.depth[i] - self.taken[i].get().wrapping_sub(self.returned_seen[i].get())
+        let fresh = returned.wrapping_sub(self.returned_seen[i].replace(returned));
+        self.left[i].set(self.left[i].get() + fresh);
+        self.left[i].get()
     }
 
     /// Whether a credit of `class` can be taken now.
     #[inline]
     pub(crate) fn has(&self, class: Class) -> bool {
-        let i = class as usize;
-        self.taken[i].get().wrapping_sub(self.returned_seen[i].get()) < self.depth[i]
-            || self.available(class) > 0
+        self.left[class as usize].get() > 0 || self.available(class) > 0
     }
 
     /// Takes one. The caller has checked with [`has`](Self::has) that there is one.
     #[inline]
     pub(crate) fn take(&self, class: Class) {
-        let taken = &self.taken[class as usize];
-        taken.set(taken.get().wrapping_add(1));
+        let left = &self.left[class as usize];
+        left.set(left.get() - 1);
     }
 
     /// Says that a credit may come back by the count of skipped completions from now on.
@@ -162,28 +164,31 @@ impl CreditTaker {
 impl CreditReturner {
     #[inline]
     pub(crate) fn give_back(&mut self, of: Opcode) {
-        self.count(of);
-        self.store(of as usize);
+        self.add(of as usize, 1);
     }
 
     /// Counts a credit that the next [`give_all_back`](Self::give_all_back) returns.
     #[inline]
     pub(crate) fn count(&mut self, of: Opcode) {
-        let given = &mut self.given[of as usize];
-        *given = given.wrapping_add(1);
+        self.counted[of as usize] += 1;
     }
 
     /// Returns the credits that were counted.
     #[inline]
-    pub(crate) fn give_all_back(&self) {
-        (0..OPCODES).for_each(|i| self.store(i));
+    pub(crate) fn give_all_back(&mut self) {
+        for (i, count) in core::mem::take(&mut self.counted).into_iter().enumerate() {
+            self.add(i, count);
+        }
     }
 
     #[inline]
-    fn store(&self, i: usize) {
+    fn add(&self, i: usize, count: u32) {
+        let reaped = &self.returned.reaped[i];
+        // Relaxed: only the reaper stores.
+        let sum = reaped.load(Ordering::Relaxed).wrapping_add(count);
         // Release: pairs with the Acquire in `available`. The completion has been copied out of its
         // cell.
-        self.returned.reaped[i].store(self.given[i], Ordering::Release);
+        reaped.store(sum, Ordering::Release);
     }
 
     /// The number of skipped completions.
