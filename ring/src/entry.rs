@@ -150,6 +150,12 @@ impl OffloadState {
     /// The same, and the packet's place may be in several pieces.
     pub(crate) const GUEST_IN_PIECES: Self = Self(1 << 31 | 1 << 30);
 
+    /// Whether this is [`TO_SEND`](Self::TO_SEND), whose bit no other state has.
+    #[inline(always)]
+    pub(crate) fn is_to_send(self) -> bool {
+        self.0 & Self::TO_SEND.0 != 0
+    }
+
     /// Whether the slot holds the list of a guest's buffer.
     #[inline(always)]
     pub(crate) fn is_guest(self) -> bool {

@@ -330,7 +330,7 @@ impl Frame {
     /// Whether there is an offload header that is to be sent.
     #[inline]
     pub fn has_offload_to_send(&self) -> bool {
-        self.range.offload_state() == OffloadState::TO_SEND
+        self.range.offload_state().is_to_send()
     }
 
     /// The offload header and the packet behind it, as they are in memory. A VMM gives these bytes

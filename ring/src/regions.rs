@@ -72,15 +72,17 @@ impl Regions {
         self.pools().iter().position(|other| other.ptr() == pool).map(|region| region as u16)
     }
 
+    /// As [`find_table`](Self::find_table), in the first table only, which in most rings is the only one.
+    #[inline(always)]
+    pub(crate) fn find_first_table(&self, carrier: &Frame) -> Option<u16> {
+        let first = self.all.get(self.pools)?;
+        (first.ptr() == carrier.pool_ptr()).then_some(self.pools as u16)
+    }
+
     /// The region number of the segment table that the frame, which begins a guest's buffer, is of.
     /// `None` if the table is not in the list.
-    #[inline(always)]
     pub(crate) fn find_table(&self, carrier: &Frame) -> Option<u16> {
         let pool = carrier.pool_ptr();
-        // Most rings have one table.
-        if self.all.get(self.pools).is_some_and(|table| table.ptr() == pool) {
-            return Some(self.pools as u16);
-        }
         self.all
             .iter()
             .skip(self.pools)

@@ -156,12 +156,44 @@ impl SqProducer {
             return Err((PushError::NoCredit, frame));
         }
         let regions = self.sq.regions();
+        let first =
+            if IS_GUEST { regions.find_first_table(&frame) } else { regions.find_first(&frame) };
+        match first {
+            Some(region) => self.push_of_region(region, opcode, flags, frame, user_data),
+            None => self.push_other::<IS_GUEST>(opcode, flags, frame, user_data),
+        }
+    }
+
+    /// As [`push_carrier`](Self::push_carrier), for a carrier that is not of the first region. It is apart,
+    /// so that the usual entry is written by a few stores of whole words.
+    #[inline(never)]
+    fn push_other<const IS_GUEST: bool>(
+        &self,
+        opcode: Opcode,
+        flags: u32,
+        frame: Frame,
+        user_data: u64,
+    ) -> Result<(), (PushError, Frame)> {
+        let regions = self.sq.regions();
         let region = if IS_GUEST { regions.find_table(&frame) } else { regions.find(&frame) };
         let Some(region) = region else {
             // A full SQ is the first reason, as in `check`.
             let full = !self.sq.has_space();
             return Err((if full { PushError::SqFull } else { PushError::ForeignPool }, frame));
         };
+        self.push_of_region(region, opcode, flags, frame, user_data)
+    }
+
+    /// Writes the entry, and takes a credit, which there is.
+    #[inline(always)]
+    fn push_of_region(
+        &self,
+        region: u16,
+        opcode: Opcode,
+        flags: u32,
+        frame: Frame,
+        user_data: u64,
+    ) -> Result<(), (PushError, Frame)> {
         let (pool, range) = (frame.pool_ptr(), frame.into_raw());
         let entry = Sqe::packet(opcode, region, range, user_data).with_flags(flags);
         if !self.sq.push(entry) {
@@ -169,7 +201,7 @@ impl SqProducer {
             // the slot is in no other place ("one place per slot"). Pool and range are the frame's.
             return Err((PushError::SqFull, unsafe { Frame::from_raw(pool, range) }));
         }
-        self.credits.take(class);
+        self.credits.take(if opcode == Opcode::Read { Class::Read } else { Class::Write });
         if flags & SKIP_SUCCESS != 0 {
             self.credits.expect_skips();
         }
