@@ -434,6 +434,10 @@ impl SubmissionQueue {
         mut frame: Frame,
         user_data: u64,
     ) -> Result<(), SubmitError> {
+        if !self.has_headroom(&frame) {
+            let kind = self.misfit(Class::Write, frame.len(), frame.capacity(), frame.headroom());
+            return Err(SubmitError { kind, frame });
+        }
         match self.prepare_offload(&mut frame) {
             Ok(()) => self.push_fitting::<FLAGS>(Class::Write, frame, user_data),
             Err(kind) => Err(SubmitError { kind, frame }),
@@ -581,33 +585,49 @@ impl SubmissionQueue {
             && !(has_more && self.again(|| self.producer.check(class)).is_ok())
     }
 
-    /// Checks everything but the queue: returns the frame if the ring is open and the frame fits.
-    /// Resets the view of a frame to be read into.
+    /// Checks everything but the queue, and the headroom of a write: returns the frame if the ring is open
+    /// and the frame fits. Resets the view of a frame to be read into.
     #[inline(always)]
     fn fitting(&self, class: Class, mut frame: Frame) -> Result<Frame, SubmitError> {
         if let Some(kind) = self.refusal() {
             return Err(SubmitError { kind, frame });
         }
-        let max = self.caps.max_packet_size as usize;
-        if class == Class::Read {
+        let fits = if class == Class::Read {
             frame.reset();
-            let (capacity, needed) = (frame.capacity(), self.read_size as usize);
-            if capacity < needed {
-                return Err(SubmitError {
-                    kind: SubmitErrorKind::TooSmall { capacity, needed },
-                    frame,
-                });
-            }
-        } else if frame.len() > max {
-            let kind = SubmitErrorKind::TooBig { len: frame.len(), max };
-            return Err(SubmitError { kind, frame });
-        }
-        let (headroom, needed) = (frame.headroom(), self.caps.headroom as usize);
-        if headroom < needed {
-            let kind = SubmitErrorKind::NoHeadroom { headroom, needed };
+            frame.capacity() >= self.read_size as usize && self.has_headroom(&frame)
+        } else {
+            frame.len() <= self.caps.max_packet_size as usize
+        };
+        if !fits {
+            let kind = self.misfit(class, frame.len(), frame.capacity(), frame.headroom());
             return Err(SubmitError { kind, frame });
         }
         Ok(frame)
+    }
+
+    #[inline(always)]
+    fn has_headroom(&self, frame: &Frame) -> bool {
+        frame.headroom() >= self.caps.headroom as usize
+    }
+
+    /// Why a frame does not fit.
+    #[cold]
+    #[inline(never)]
+    fn misfit(
+        &self,
+        class: Class,
+        len: usize,
+        capacity: usize,
+        headroom: usize,
+    ) -> SubmitErrorKind {
+        let max = self.caps.max_packet_size as usize;
+        if class == Class::Read && capacity < self.read_size as usize {
+            return SubmitErrorKind::TooSmall { capacity, needed: self.read_size as usize };
+        }
+        if class == Class::Write && len > max {
+            return SubmitErrorKind::TooBig { len, max };
+        }
+        SubmitErrorKind::NoHeadroom { headroom, needed: self.caps.headroom as usize }
     }
 
     /// Writes in front of a packet what the device reads there: the caller's offload header, or
