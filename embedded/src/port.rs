@@ -1223,12 +1223,12 @@ impl<B: PacketBuffer> Run<'_, B> {
     }
 
     /// Copies the next frames to the port, as [`put`](Self::put) does, until one is too long or no frame is
-    /// left to put. Returns how many there were.
+    /// left to put. Returns how many there were, and their bytes.
     #[inline(always)]
-    pub fn put_all<'f>(&mut self, frames: impl Iterator<Item = &'f [u8]>) -> usize {
+    pub fn put_all<'f>(&mut self, frames: impl Iterator<Item = &'f [u8]>) -> (usize, u64) {
         let (count, bytes) = self.claim.fill_all(frames, self.longest);
         (self.packets, self.bytes) = (self.packets + count as u64, self.bytes + bytes);
-        count
+        (count, bytes)
     }
 
     /// As [`put`](Self::put), for a packet in the memory of a guest. The receiver gets the run's

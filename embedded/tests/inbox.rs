@@ -754,3 +754,26 @@ fn close_under_threads_gets_every_buffer_back_untouched() {
         sender.join().unwrap();
     }
 }
+
+/// Short frames are copied in two pieces that overlap, longer ones in one.
+#[test]
+fn a_frame_of_each_length_arrives_whole_and_writes_nothing_behind_it() {
+    const SPACE: usize = 300;
+    let inbox = Arc::new(Inbox::<Vec<u8>>::new(2, 0, SPACE));
+    let mut collector = Inbox::open(&inbox, Arc::new(|| ())).unwrap();
+    for len in 0..=SPACE {
+        let frame: Vec<u8> = (0..len).map(|i| (i % 251) as u8 + 1).collect();
+        for _ in 0..2 {
+            collector.post(vec![0; SPACE]).unwrap();
+        }
+        assert_eq!(inbox.deliver(&frame), Delivery::Direct);
+        let mut claim = inbox.claim(1).unwrap();
+        assert_eq!(claim.fill_all([&frame[..]].into_iter(), SPACE), (1, len as u64));
+        drop(claim);
+        for _ in 0..2 {
+            let packet = collector.collect().unwrap();
+            assert_eq!((packet.len, &packet.buffer[..len]), (len, &frame[..]), "{len} bytes");
+            assert!(packet.buffer[len..].iter().all(|byte| *byte == 0), "behind {len} bytes");
+        }
+    }
+}

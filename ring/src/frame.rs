@@ -154,7 +154,7 @@ impl Frame {
     #[inline(always)]
     pub(crate) fn bytes(&self) -> Option<&[u8]> {
         let start = self.range.offset() as usize;
-        self.whole().get(start..)?.get(..self.range.len() as usize)
+        self.whole().get(start..start.wrapping_add(self.len()))
     }
 
     #[inline]

@@ -355,10 +355,10 @@ impl FrameWrites<'_, '_> {
         self.frames.packets()
     }
 
-    /// Completes the first `count`, whose packets have been sent.
+    /// Completes the first `count`, whose packets have been sent and have `bytes` together.
     #[inline(always)]
-    pub(crate) fn end(&mut self, count: usize) {
-        self.bytes += self.packets().take(count).map(|packet| packet.len() as u64).sum::<u64>();
+    pub(crate) fn end(&mut self, count: usize, bytes: u64) {
+        self.bytes += bytes;
         self.ended += count.min(self.len());
         self.frames.end(count);
     }

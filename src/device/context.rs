@@ -137,6 +137,13 @@ impl<'a> PollContext<'a> {
         front.is_some_and(|sqe| sqe.class() == Class::Write)
     }
 
+    /// Whether there may be a write: if not, nothing is posted but reads, and the SQ is empty.
+    #[inline]
+    pub(crate) fn may_have_writes(&self) -> bool {
+        !self.posted.writes.is_empty()
+            || self.sq_consumer.as_ref().is_some_and(|sq_consumer| sq_consumer.known() > 0)
+    }
+
     /// Completes the oldest writes, at most `most`, as long as `send` returns true: it sees each packet,
     /// and has sent it then. Returns how many there were. It stops at a write that skips its completion,
     /// and does nothing in a wrapper's inner queue. Take the others one by one.

@@ -747,7 +747,7 @@ fn send<const MAY_ASK: bool>(
     max: usize,
     offloads: &Offloads,
 ) {
-    loop {
+    while cx.may_have_writes() {
         match send_frames::<MAY_ASK>(cx, tx, max) {
             Some(Ok(())) => continue,
             Some(Err(NotClaimed { count })) => {
@@ -803,9 +803,9 @@ fn send_frames<const MAY_ASK: bool>(
         let run = tx.run(header, count, |each| {
             writes.packets().take_while(|packet| each(NextFrame::Bytes(packet))).for_each(drop);
         });
-        let sent = run.map(|mut run| run.put_all(writes.packets())).filter(|sent| *sent > 0);
-        writes.end(sent.unwrap_or(0));
-        Some(sent.map(drop).ok_or(NotClaimed { count }))
+        let (sent, bytes) = run.map_or((0, 0), |mut run| run.put_all(writes.packets()));
+        writes.end(sent, bytes);
+        Some(if sent > 0 { Ok(()) } else { Err(NotClaimed { count }) })
     });
     sent.flatten()
 }
