@@ -311,10 +311,12 @@ impl Cqe {
         Self { user_data, range, region, opcode, outcome, code }
     }
 
-    /// The completion of a read or write that is done, with the same slot and the same packet.
+    /// The completion of a read or write that is done, with the same slot and the same packet. `opcode` is
+    /// the entry's own, which the caller knows: a constant is written in fewer steps.
     #[inline(always)]
-    pub(crate) fn of(sqe: &Sqe) -> Self {
-        Self::packet(sqe.opcode, sqe.region, sqe.range, sqe.user_data, Outcome::Done)
+    pub(crate) fn of(opcode: Opcode, sqe: &Sqe) -> Self {
+        debug_assert_eq!(opcode, sqe.opcode);
+        Self::packet(opcode, sqe.region, sqe.range, sqe.user_data, Outcome::Done)
     }
 
     /// Sets the packet's length.

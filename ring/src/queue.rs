@@ -120,8 +120,8 @@ pub(crate) struct Producer<T: Entry> {
     /// The first index whose cell is not known to be free: the consumer's index when it was last loaded,
     /// and the capacity.
     full_at: Cell<u32>,
-    /// How many entries [`publish_lines`](Self::publish_lines) publishes together.
-    batch: Cell<u32>,
+    /// How many entries [`publish_lines`](Self::publish_lines) publishes together, a power of two, minus one.
+    batch_mask: Cell<u32>,
 }
 
 /// The reading half.
@@ -158,7 +158,7 @@ pub(crate) fn queue<T: Entry>(
         tail: Cell::new(start),
         published: Cell::new(start),
         full_at: Cell::new(start.wrapping_add(capacity)),
-        batch: Cell::new(PUBLISH_BATCH),
+        batch_mask: Cell::new(PUBLISH_BATCH - 1),
     };
     (producer, Consumer { shared, head: start, tail_seen: start, _not_sync: PhantomData })
 }
@@ -260,8 +260,7 @@ impl<T: Entry> Producer<T> {
     /// line that the other side already reads.
     #[inline]
     pub(crate) fn publish_lines(&self) {
-        // `batch` is a power of two.
-        if self.tail.get() & (self.batch.get() - 1) == 0 {
+        if self.tail.get() & self.batch_mask.get() == 0 {
             self.store_tail();
         }
     }
@@ -276,7 +275,7 @@ impl<T: Entry> Producer<T> {
     /// whether many entries are in flight.
     #[inline]
     pub(crate) fn begin_run(&self, many: bool) {
-        self.batch.set(if many { PUBLISH_BATCH_BUSY } else { PUBLISH_BATCH });
+        self.batch_mask.set(if many { PUBLISH_BATCH_BUSY } else { PUBLISH_BATCH } - 1);
     }
 
     /// The number of entries ever published, plus the start index.

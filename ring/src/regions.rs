@@ -53,49 +53,40 @@ impl Regions {
         self.all.len() > self.pools
     }
 
-    /// The region number of the frame's pool. `None` if the pool is not in the list. It is `None` for
-    /// the frame that a guest's buffer begins with, too.
-    #[inline]
-    pub(crate) fn find(&self, frame: &Frame) -> Option<u16> {
-        self.find_first(frame).or_else(|| self.find_pool(frame.pool_ptr()))
-    }
-
-    /// As [`find`](Self::find), in the first pool only.
+    /// As [`find_pool`](Self::find_pool) for the frame's pool, if that is the first.
     #[inline(always)]
     pub(crate) fn find_first(&self, frame: &Frame) -> Option<u16> {
         (self.first.ptr() == frame.pool_ptr()).then_some(0)
     }
 
-    /// The number of a pool, if it is one of the ring's.
+    /// The region number of a pool. `None` if it is not in the list, or a segment table's.
     #[inline]
     pub(crate) fn find_pool(&self, pool: NonNull<PoolInner>) -> Option<u16> {
         self.pools().iter().position(|other| other.ptr() == pool).map(|region| region as u16)
     }
 
-    /// As [`find_table`](Self::find_table), in the first table only, which in most rings is the only one.
+    /// As [`find_table`](Self::find_table) for the pool of the frame that begins a guest's buffer, if that is
+    /// the first table's. Most rings have one table.
     #[inline(always)]
     pub(crate) fn find_first_table(&self, carrier: &Frame) -> Option<u16> {
         let first = self.all.get(self.pools)?;
         (first.ptr() == carrier.pool_ptr()).then_some(self.pools as u16)
     }
 
-    /// The region number of the segment table that the frame, which begins a guest's buffer, is of.
-    /// `None` if the table is not in the list.
-    pub(crate) fn find_table(&self, carrier: &Frame) -> Option<u16> {
-        let pool = carrier.pool_ptr();
-        self.all
-            .iter()
-            .skip(self.pools)
-            .position(|table| table.ptr() == pool)
-            .map(|number| (self.pools + number) as u16)
+    /// The region number of the segment table whose pool this is. `None` if it is not in the list.
+    #[inline]
+    pub(crate) fn find_table(&self, pool: NonNull<PoolInner>) -> Option<u16> {
+        let tables = &self.all[self.pools..];
+        let number = tables.iter().position(|table| table.ptr() == pool)?;
+        Some((self.pools + number) as u16)
     }
 
     /// Makes a frame of an entry's slot. `None` if the entry has none.
     ///
     /// # Safety
     ///
-    /// The entry carries the range of a frame and the region number that `find` gave for that
-    /// frame. The caller has taken the entry out of its queue, and calls this once for it.
+    /// The entry carries the range of a frame and the region number that `find_pool` or `find_table` gives
+    /// for the frame's pool. The caller has taken the entry out of its queue, and calls this once for it.
     #[inline]
     pub(crate) unsafe fn frame(&self, entry: &impl Entry) -> Option<Frame> {
         // SAFETY: the caller keeps the same conditions, and the entry has a slot.
@@ -113,9 +104,8 @@ impl Regions {
     pub(crate) unsafe fn frame_of(&self, entry: &impl Entry) -> Frame {
         let (region, range) = entry.slot();
         debug_assert!(entry.has_slot() && usize::from(region) < self.all.len());
-        // SAFETY: the caller says that `find` gave the region's number. `find` gives only numbers
-        // of `all`, which never changes, and all queues of a ring have clones of the same
-        // regions.
+        // SAFETY: the caller says that the region's number was found. Only numbers of `all` are found,
+        // which never changes, and all queues of a ring have clones of the same regions.
         let pool = unsafe { self.all.get_unchecked(usize::from(region)) }.ptr();
         // SAFETY: the caller has taken the entry, so the slot is in no other place now ("one place
         // per slot"). `refs` counts it as out, because `into_raw` did not free it. The range was a

@@ -6,12 +6,13 @@
 use crate::buffer::Buffer;
 use crate::cq::{CqConsumer, CqProducer};
 use crate::credits::{Class, CreditTaker};
-use crate::entry::{Cqe, Entry, GUEST, Opcode, Outcome, SKIP_SUCCESS, Sqe};
+use crate::entry::{Cqe, Entry, GUEST, Opcode, Outcome, SKIP_SUCCESS, SlotRange, Sqe};
 use crate::frame::{Frame, free_with};
 use crate::guest::buffer::GuestBuffer;
 use crate::limits::RUN_MAX;
 use crate::queue::{Consumer, Front, Oldest, Producer, debug_by_queue};
 use crate::regions::Regions;
+use crate::slots::PoolInner;
 use core::fmt;
 use core::mem::{ManuallyDrop, MaybeUninit};
 use core::ptr::NonNull;
@@ -158,48 +159,62 @@ impl SqProducer {
         let regions = self.sq.regions();
         let first =
             if IS_GUEST { regions.find_first_table(&frame) } else { regions.find_first(&frame) };
-        match first {
-            Some(region) => self.push_of_region(region, opcode, flags, frame, user_data),
-            None => self.push_other::<IS_GUEST>(opcode, flags, frame, user_data),
-        }
+        // The frame is taken apart first, as in `CqProducer::push`.
+        let (pool, range) = (frame.pool_ptr(), frame.into_raw());
+        let pushed = match first {
+            // SAFETY: `into_raw` gave the slot up without freeing it, and it is of this region.
+            Some(region) => unsafe { self.push_range(region, opcode, flags, range, user_data) },
+            // SAFETY: the same, and it is of this pool.
+            None => unsafe { self.push_other::<IS_GUEST>(opcode, flags, pool, range, user_data) },
+        };
+        // SAFETY: no entry was written, so the slot is in no other place ("one place per slot"). Pool and
+        // range are the frame's.
+        pushed.map_err(|error| (error, unsafe { Frame::from_raw(pool, range) }))
     }
 
-    /// As [`push_carrier`](Self::push_carrier), for a carrier that is not of the first region. It is apart,
-    /// so that the usual entry is written by a few stores of whole words.
+    /// Writes an entry for a slot that is not of the first region. It is apart, so that the usual entry is
+    /// written in few steps.
+    ///
+    /// # Safety
+    ///
+    /// The caller owns the slot of the range, which is of `pool` ("one place per slot"), and gives it up
+    /// unless the result is an error.
     #[inline(never)]
-    fn push_other<const IS_GUEST: bool>(
+    unsafe fn push_other<const IS_GUEST: bool>(
         &self,
         opcode: Opcode,
         flags: u32,
-        frame: Frame,
+        pool: NonNull<PoolInner>,
+        range: SlotRange,
         user_data: u64,
-    ) -> Result<(), (PushError, Frame)> {
+    ) -> Result<(), PushError> {
         let regions = self.sq.regions();
-        let region = if IS_GUEST { regions.find_table(&frame) } else { regions.find(&frame) };
-        let Some(region) = region else {
+        match if IS_GUEST { regions.find_table(pool) } else { regions.find_pool(pool) } {
+            // SAFETY: the caller gives up the slot that it owns.
+            Some(region) => unsafe { self.push_range(region, opcode, flags, range, user_data) },
             // A full SQ is the first reason, as in `check`.
-            let full = !self.sq.has_space();
-            return Err((if full { PushError::SqFull } else { PushError::ForeignPool }, frame));
-        };
-        self.push_of_region(region, opcode, flags, frame, user_data)
+            None if !self.sq.has_space() => Err(PushError::SqFull),
+            None => Err(PushError::ForeignPool),
+        }
     }
 
-    /// Writes the entry, and takes a credit, which there is.
+    /// Writes an entry, and takes a credit, which there is.
+    ///
+    /// # Safety
+    ///
+    /// The caller owns the slot of the range, which is of `region` ("one place per slot"), and gives it up
+    /// unless the result is an error.
     #[inline(always)]
-    fn push_of_region(
+    unsafe fn push_range(
         &self,
         region: u16,
         opcode: Opcode,
         flags: u32,
-        frame: Frame,
+        range: SlotRange,
         user_data: u64,
-    ) -> Result<(), (PushError, Frame)> {
-        let (pool, range) = (frame.pool_ptr(), frame.into_raw());
-        let entry = Sqe::packet(opcode, region, range, user_data).with_flags(flags);
-        if !self.sq.push(entry) {
-            // SAFETY: `into_raw` gave the slot up without freeing it, and `push` wrote no entry, so
-            // the slot is in no other place ("one place per slot"). Pool and range are the frame's.
-            return Err((PushError::SqFull, unsafe { Frame::from_raw(pool, range) }));
+    ) -> Result<(), PushError> {
+        if !self.sq.push(Sqe::packet(opcode, region, range, user_data).with_flags(flags)) {
+            return Err(PushError::SqFull);
         }
         self.credits.take(if opcode == Opcode::Read { Class::Read } else { Class::Write });
         if flags & SKIP_SUCCESS != 0 {
@@ -373,7 +388,7 @@ impl SqConsumer {
                 return None;
             }
             if !packet.is_guest() {
-                return Some([Cqe::of(&write)]);
+                return Some([Cqe::of(Opcode::Write, &write)]);
             }
             let (pool, (_, range)) = (packet.carrier().pool_ptr(), write.slot());
             // SAFETY: the entry owns the slot ("one place per slot"). It leaves the queue when this returns,
@@ -443,7 +458,8 @@ impl SqConsumer {
             if to.set_len(packet.len()).is_err() || !pass(packet, &mut to) {
                 return None;
             }
-            Some([Cqe::of(&write), Cqe::of(&read).with_len(packet.len() as u32)])
+            let done = Cqe::of(Opcode::Read, &read).with_len(packet.len() as u32);
+            Some([Cqe::of(Opcode::Write, &write), done])
         })
     }
 
@@ -585,7 +601,9 @@ impl LeadingFrames<'_> {
     #[inline(always)]
     pub fn end(&mut self, count: usize) {
         let count = count.min(self.packets.len());
-        let moved = self.sq.move_to(self.cq, count as u32, |[write], _| Some([Cqe::of(&write)]));
+        let moved = self
+            .sq
+            .move_to(self.cq, count as u32, |[write], _| Some([Cqe::of(Opcode::Write, &write)]));
         debug_assert_eq!(moved as usize, count, "`with_leading_frames` has seen the space");
         self.packets = &self.packets[count..];
     }
