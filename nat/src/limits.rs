@@ -110,8 +110,8 @@ pub const DEFAULT_MSS_V6: u16 = 1220;
 pub const WINDOW_SHIFT: u8 = 8;
 /// The largest shift of a guest (RFC 7323, 2.3).
 pub const MAX_WINDOW_SHIFT: u8 = 14;
-/// The window of a flow that has sent nothing yet, or nothing for a second, in segments, if its port's
-/// windows are limited together. It grows with what the guest sends.
+/// The window of a flow that has sent nothing yet, or little in the last two seconds, in segments, if its
+/// port's windows are limited together. It grows with what the guest sends.
 pub const FIRST_WINDOW: u32 = 16;
 /// No window is larger because the guest's frames hold several segments, in bytes. A guest that goes over
 /// to frames of one segment may lose some of so many.

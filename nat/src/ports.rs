@@ -65,7 +65,10 @@ struct Busy {
 pub(crate) struct Share {
     /// The second in which the guest last sent data.
     active_in: u32,
-    /// How many frames what the guest was offered then fills.
+    /// How many KiB it has sent in that second, and how many in the one before. Each batch is
+    /// rounded.
+    lately: [u16; 2],
+    /// How many frames the flow counts: what the guest was offered, but no more than the flow may have.
     offered: u16,
     /// How many bytes the guest puts into one frame, on average of its last batches.
     pub(crate) per_frame: u16,
@@ -73,12 +76,23 @@ pub(crate) struct Share {
 
 impl Share {
     /// The share of a flow that has sent nothing.
-    pub(crate) const NONE: Self = Self { active_in: u32::MAX, offered: 0, per_frame: 0 };
+    pub(crate) const NONE: Self =
+        Self { active_in: u32::MAX, lately: [0; 2], offered: 0, per_frame: 0 };
+
+    /// How many frames of this size a busy flow may have, if there are enough: it grows with what its guest
+    /// has sent lately, twice as fast, so that it is ahead of the guest's congestion window.
+    fn most(&self, frame: u32) -> u32 {
+        let [now, before] = self.lately;
+        FIRST_WINDOW + 2 * ((u32::from(now) + u32::from(before)) * 1024 / frame)
+    }
 }
+
+/// A second, in the unit of all times.
+pub(crate) const SECOND: u64 = 1_000_000;
 
 /// The second of a time. It is less than `u32::MAX` for 136 years.
 fn second(now: u64) -> u32 {
-    (now / 1_000_000) as u32
+    (now / SECOND) as u32
 }
 
 /// All ports.
@@ -205,18 +219,26 @@ impl Ports {
         Ok(())
     }
 
-    /// Notes that a flow has data from the guest.
-    pub(crate) fn note_active(&mut self, port: Port, share: &mut Share, now: u64) {
+    /// Notes that a flow has so many bytes from the guest.
+    pub(crate) fn note_active(&mut self, port: Port, share: &mut Share, bytes: u32, now: u64) {
         let second = second(now);
         if share.active_in != second {
             let state = self.get(port);
             state.leave(share, second);
             state.busy.flows += 1;
+            let follows = Some(share.active_in) == second.checked_sub(1);
+            share.lately = [0, if follows { share.lately[0] } else { 0 }];
             (share.active_in, share.offered) = (second, 0);
         }
+        let kib = (bytes.saturating_add(512) / 1024).min(u16::MAX.into()) as u16;
+        share.lately[0] = share.lately[0].saturating_add(kib);
     }
 
     /// Notes what a flow's guest may send, in frames of this size.
+    ///
+    /// A window is not taken back (RFC 9293, 3.8.6). So that a flow that was busy and now sends little does
+    /// not keep others from sending until it has used up its large window, what it has beyond
+    /// [`most`](Share::most) does not count.
     pub(crate) fn note_offer(
         &mut self,
         port: Port,
@@ -227,7 +249,7 @@ impl Ports {
         if self.limits.port.inbox_frames == 0 {
             return;
         }
-        let window = window.div_ceil(frame).min(u16::MAX.into()) as u16;
+        let window = window.div_ceil(frame).min(share.most(frame)).min(u16::MAX.into()) as u16;
         let second = second(now);
         if let Some(busy) = self.get(port).busy_of(share, second) {
             busy.offered = busy.offered - u64::from(share.offered) + u64::from(window);
@@ -246,13 +268,12 @@ impl Ports {
     /// datagrams, and what is sent again. A flow may have two segments at least, or one where two of
     /// each do not fit. `frame` is how many bytes the guest puts into one frame, not less than `mss`.
     ///
-    /// What a flow may have grows with what its guest has sent, twice as fast, so that it is ahead of the
-    /// guest's congestion window. A flow that sends little does not keep others from sending.
+    /// A flow that sends little has little, so that it does not keep others from sending.
     pub(crate) fn share(
         &mut self,
         port: Port,
         (mss, frame): (u32, u32),
-        (share, sent): (&Share, u64),
+        share: &Share,
         now: u64,
     ) -> u32 {
         let frames = self.limits.port.inbox_frames;
@@ -269,10 +290,9 @@ impl Ports {
         };
         let fair = all / (others.flows + 1);
         let left = u64::from(all).saturating_sub(others.offered) as u32;
-        let proven = if own { 2 * (sent / u64::from(frame)).min(1 << 24) as u32 } else { 0 };
-        let first = FIRST_WINDOW + proven;
+        let most = if own { share.most(frame) } else { FIRST_WINDOW };
         let least = if fair >= 2 { 2 } else { 1 };
-        let frames = fair.min(left).min(first).max(least);
+        let frames = fair.min(left).min(most).max(least);
         let large = frames.saturating_mul(frame).min(LARGE_WINDOW);
         large.max(frames.saturating_mul(mss))
     }
@@ -312,6 +332,9 @@ impl PortState {
 mod tests {
     use super::*;
 
+    /// More bytes than a port's windows hold.
+    const MUCH: u32 = 1 << 30;
+
     /// Goal: a flow counts for its port's windows for a second after its last data, whenever the clock
     /// turns, and not after its end.
     #[test]
@@ -323,24 +346,24 @@ mod tests {
         let [mut first, mut second] = [Share::NONE; 2];
         let at = |tenths: u64| tenths * 100_000;
         // Even in the first second of all, nobody has sent anything.
-        assert_eq!(ports.share(port, size, (&first, u64::MAX), at(0)), FIRST_WINDOW * mss);
-        ports.note_active(port, &mut first, at(9));
-        assert_eq!(ports.share(port, size, (&first, u64::MAX), at(9)), 100 * mss);
+        assert_eq!(ports.share(port, size, &first, at(0)), FIRST_WINDOW * mss);
+        ports.note_active(port, &mut first, MUCH, at(9));
+        assert_eq!(ports.share(port, size, &first, at(9)), 100 * mss);
         ports.note_offer(port, &mut first, (100 * mss, mss), at(9));
         // The clock has turned. Another flow gets nothing of what is promised.
-        ports.note_active(port, &mut second, at(11));
-        assert_eq!(ports.share(port, size, (&second, u64::MAX), at(11)), 2 * mss);
+        ports.note_active(port, &mut second, MUCH, at(11));
+        assert_eq!(ports.share(port, size, &second, at(11)), 2 * mss);
         ports.note_offer(port, &mut second, (2 * mss, mss), at(11));
         // The first one's window closes, and becomes the other's.
         ports.note_offer(port, &mut first, (60 * mss, mss), at(12));
-        assert_eq!(ports.share(port, size, (&second, u64::MAX), at(12)), 40 * mss);
-        assert_eq!(ports.share(port, size, (&first, u64::MAX), at(12)), 50 * mss);
+        assert_eq!(ports.share(port, size, &second, at(12)), 40 * mss);
+        assert_eq!(ports.share(port, size, &first, at(12)), 50 * mss);
         // After two turns it counts no more, and one that ends counts no more at once.
-        assert_eq!(ports.share(port, size, (&second, u64::MAX), at(20)), 100 * mss);
-        ports.note_active(port, &mut first, at(21));
-        assert_eq!(ports.share(port, size, (&first, u64::MAX), at(21)), 50 * mss);
+        assert_eq!(ports.share(port, size, &second, at(20)), 100 * mss);
+        ports.note_active(port, &mut first, MUCH, at(21));
+        assert_eq!(ports.share(port, size, &first, at(21)), 50 * mss);
         ports.note_end(port, &mut second, at(21));
-        assert_eq!(ports.share(port, size, (&first, u64::MAX), at(21)), 100 * mss);
+        assert_eq!(ports.share(port, size, &first, at(21)), 100 * mss);
     }
 
     /// Goal: a flow that has sent a few bytes leaves the others their windows, and one that sends much has
@@ -351,13 +374,34 @@ mod tests {
         limits.port.inbox_frames = 256;
         let (mut ports, port, now) = (Ports::new(limits), Port(2), 5_000_000);
         let [mut control, mut data] = [Share::NONE; 2];
-        ports.note_active(port, &mut control, now);
-        assert_eq!(ports.share(port, (1000, 1000), (&control, 165), now), FIRST_WINDOW * 1000);
+        ports.note_active(port, &mut control, 165, now);
+        assert_eq!(ports.share(port, (1000, 1000), &control, now), FIRST_WINDOW * 1000);
         ports.note_offer(port, &mut control, (FIRST_WINDOW * 1000, 1000), now);
-        ports.note_active(port, &mut data, now);
-        let mut share = |sent| ports.share(port, (1000, 1000), (&data, sent), now);
-        assert_eq!(share(10_000), (FIRST_WINDOW + 20) * 1000);
-        assert_eq!(share(1_000_000), 64_000);
+        ports.note_active(port, &mut data, 10_000, now);
+        assert_eq!(ports.share(port, (1000, 1000), &data, now), (FIRST_WINDOW + 20) * 1000);
+        ports.note_active(port, &mut data, 990_000, now);
+        assert_eq!(ports.share(port, (1000, 1000), &data, now), 64_000);
+    }
+
+    /// Goal: a flow that was busy and now sends little counts a small window after two seconds, whatever it
+    /// still has, and has no more than that. One that goes on sending counts what it has.
+    #[test]
+    fn a_large_window_counts_as_long_as_it_is_used() {
+        let mut limits = Limits::default();
+        limits.port.inbox_frames = 256;
+        let (mut ports, port, size) = (Ports::new(limits), Port(2), (1000, 1000));
+        let [mut old, mut new] = [Share::NONE; 2];
+        let at = |second: u64| second * 1_000_000;
+        for (second, bytes, others) in
+            [(5, MUCH, 2), (6, MUCH, 2), (7, 100, 2), (8, 100, 64), (10, MUCH, 2), (11, 100, 2)]
+        {
+            ports.note_active(port, &mut old, bytes, at(second));
+            ports.note_offer(port, &mut old, (128_000, 1000), at(second));
+            ports.note_active(port, &mut new, MUCH, at(second));
+            assert_eq!(ports.share(port, size, &new, at(second)), others * 1000, "{second}");
+            let most = if others == 2 { 64 } else { FIRST_WINDOW };
+            assert_eq!(ports.share(port, size, &old, at(second)), most * 1000, "{second}");
+        }
     }
 
     /// Goal: a guest that fills its frames may send more bytes in as many frames, and one that does not
@@ -368,17 +412,17 @@ mod tests {
         limits.port.inbox_frames = 200;
         let (mut ports, port, now) = (Ports::new(limits), Port(2), 5_000_000);
         let [mut large, mut small] = [Share::NONE; 2];
-        ports.note_active(port, &mut large, now);
-        assert_eq!(ports.share(port, (1000, 8000), (&large, u64::MAX), now), 800_000);
-        assert_eq!(ports.share(port, (1000, 30_000), (&large, u64::MAX), now), LARGE_WINDOW);
-        assert_eq!(ports.share(port, (30_000, 30_000), (&large, u64::MAX), now), 3_000_000);
+        ports.note_active(port, &mut large, MUCH, now);
+        assert_eq!(ports.share(port, (1000, 8000), &large, now), 800_000);
+        assert_eq!(ports.share(port, (1000, 30_000), &large, now), LARGE_WINDOW);
+        assert_eq!(ports.share(port, (30_000, 30_000), &large, now), 3_000_000);
         ports.note_offer(port, &mut large, (800_000, 8000), now);
-        ports.note_active(port, &mut small, now);
-        assert_eq!(ports.share(port, (1000, 1000), (&small, u64::MAX), now), 2000);
+        ports.note_active(port, &mut small, MUCH, now);
+        assert_eq!(ports.share(port, (1000, 1000), &small, now), 2000);
         ports.note_offer(port, &mut large, (400_000, 8000), now);
-        assert_eq!(ports.share(port, (1000, 1000), (&small, u64::MAX), now), 50_000);
+        assert_eq!(ports.share(port, (1000, 1000), &small, now), 50_000);
         // The large one goes over to small frames.
         ports.note_offer(port, &mut large, (100_000, 1000), now);
-        assert_eq!(ports.share(port, (1000, 1000), (&small, u64::MAX), now), 2000);
+        assert_eq!(ports.share(port, (1000, 1000), &small, now), 2000);
     }
 }

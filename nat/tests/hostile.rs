@@ -355,56 +355,136 @@ fn the_kernels_memory_is_bounded_for_each_port() {
     assert_eq!(net.nat.port_counters(Port(0))[Counter::SmallBuffers], 2);
 }
 
-/// Windows: what all busy flows of a port may send fits into the port's inbox.
-#[test]
-fn the_windows_of_a_port_fit_its_inbox() {
-    let mut config = config(false);
-    config.limits.port.inbox_frames = 80;
-    let mut net = Net::new(config, plain_link());
-    net.kernel.0.borrow_mut().answer = Answer::Connect;
-    net.kernel.0.borrow_mut().capacity = 4 << 20;
-    let to: SocketAddr = ([192, 0, 2, 1], 80).into();
-    // Each flow: where the translator's sequence begins, and how far the guest's is.
-    let mut flows = Vec::new();
-    for port in 1..=8u16 {
-        let from = SocketAddr::from(([192, 168, 64, 2], port));
+/// A flow of the guest to a peer that reads everything at once.
+struct Upload {
+    from: SocketAddr,
+    ack: u32,
+    seq: u32,
+    /// The right edge of its window.
+    edge: u32,
+}
+
+impl Upload {
+    const TO: ([u8; 4], u16) = ([192, 0, 2, 1], 80);
+
+    /// A translator for guests whose outbox has so many places.
+    fn net(inbox_frames: u32) -> Net {
+        let mut config = config(false);
+        config.limits.port.inbox_frames = inbox_frames;
+        let net = Net::new(config, plain_link());
+        net.kernel.0.borrow_mut().answer = Answer::Connect;
+        net.kernel.0.borrow_mut().capacity = 4 << 20;
+        net
+    }
+
+    /// Opens the flow of this number, from 1 on.
+    fn open(net: &mut Net, number: u16) -> Self {
+        let from = SocketAddr::from(([192, 168, 64, 2], number));
         let syn = Segment { flags: "S".into(), shift: Some(7), ..Segment::default() };
-        net.send(&[syn.frame(from, to)]);
+        net.send(&[syn.frame(from, Self::TO.into())]);
         let (frame, header) = net.out.frames.pop_front().unwrap();
         let (answer, _) = Segment::parse(&frame, &header, &net.out.link).unwrap();
         assert!(usize::from(answer.window) <= 16 * 1460);
-        flows.push((from, answer.seq.wrapping_add(1), 1, u32::from(answer.window)));
+        Self { from, ack: answer.seq.wrapping_add(1), seq: 1, edge: 1 + u32::from(answer.window) }
     }
-    // Each guest's flow fills its window, again and again.
-    for round in 0..20 {
-        for (from, ack, seq, window) in &mut flows {
-            let mut frames = Vec::new();
-            let edge = *seq + *window;
-            while *seq < edge {
-                let (seq_now, data) = (*seq, vec![0; (edge - *seq).min(1460) as usize]);
-                *seq += data.len() as u32;
-                let (flags, ack) = ("P.".into(), *ack);
-                let segment =
-                    Segment { flags, seq: seq_now, ack, window: 512, data, ..Segment::default() };
-                frames.push(segment.frame(*from, to));
-            }
-            net.send(&frames);
-            net.kernel.read(usize::from(from.port()) - 1, usize::MAX);
-            let (frame, header) = net.out.frames.pop_back().unwrap();
-            let (answer, _) = Segment::parse(&frame, &header, &net.out.link).unwrap();
-            assert_eq!(answer.ack, *seq);
-            *window = u32::from(answer.window) << 8;
-            net.out.frames.clear();
+
+    fn window(&self) -> u32 {
+        self.edge - self.seq
+    }
+
+    /// Sends as much as the window allows, but no more than `most` bytes.
+    fn send(&mut self, net: &mut Net, most: u32) {
+        let mut frames = Vec::new();
+        let end = self.edge.min(self.seq.saturating_add(most));
+        while self.seq < end {
+            let (seq, data) = (self.seq, vec![0; (end - self.seq).min(1460) as usize]);
+            self.seq += data.len() as u32;
+            let (flags, ack) = ("P.".into(), self.ack);
+            let segment = Segment { flags, seq, ack, window: 512, data, ..Segment::default() };
+            frames.push(segment.frame(self.from, Self::TO.into()));
         }
-        let all: u32 = flows.iter().map(|flow| flow.3).sum();
-        // In the first second nobody knows how many will be busy, and each has two segments at least.
-        if round > 7 {
-            let range = 20 * 1460..=40 * 1460;
-            assert!(range.contains(&all), "round {round}: windows of {all}");
-        }
-        net.wait(std::time::Duration::from_millis(300));
+        net.send(&frames);
+        net.kernel.read(usize::from(self.from.port()) - 1, usize::MAX);
+        let (frame, header) = net.out.frames.pop_back().unwrap();
+        let (answer, _) = Segment::parse(&frame, &header, &net.out.link).unwrap();
+        assert_eq!(answer.ack, self.seq);
+        let edge = answer.ack + (u32::from(answer.window) << 8);
+        // The field of the header is in units of 256 bytes.
+        assert!(edge + 256 > self.edge, "a window that is taken back");
+        self.edge = edge.max(self.edge);
         net.out.frames.clear();
     }
+
+    fn wait(net: &mut Net, millis: u64) {
+        net.wait(std::time::Duration::from_millis(millis));
+        net.out.frames.clear();
+    }
+}
+
+/// Windows: what all busy flows of a port may send fits into the port's inbox.
+#[test]
+fn the_windows_of_a_port_fit_its_inbox() {
+    let mut net = Upload::net(80);
+    let mut flows: Vec<_> = (1..=8).map(|number| Upload::open(&mut net, number)).collect();
+    // Each guest's flow fills its window, again and again.
+    for round in 0..20 {
+        for flow in &mut flows {
+            flow.send(&mut net, u32::MAX);
+        }
+        let all: u32 = flows.iter().map(Upload::window).sum();
+        // In the first second nobody knows how many will be busy, and each has two segments at least.
+        if round > 7 {
+            let range = 20 * 1460..=41 * 1460;
+            assert!(range.contains(&all), "round {round}: windows of {all}");
+        }
+        Upload::wait(&mut net, 300);
+    }
+}
+
+/// Windows: a flow that has had all of them gives room to flows that begin, within a second, and what it was
+/// offered is not taken back.
+#[test]
+fn an_old_flow_makes_room_for_new_ones() {
+    let mut net = Upload::net(80);
+    let mut flows = vec![Upload::open(&mut net, 1)];
+    for _ in 0..30 {
+        flows[0].send(&mut net, u32::MAX);
+        Upload::wait(&mut net, 100);
+    }
+    assert!(flows[0].window() >= 38 * 1460, "a window of {}", flows[0].window());
+    flows.extend((2..=4).map(|number| Upload::open(&mut net, number)));
+    for _ in 0..10 {
+        for flow in &mut flows {
+            flow.send(&mut net, u32::MAX);
+        }
+        Upload::wait(&mut net, 100);
+    }
+    for flow in &flows {
+        let range = 8 * 1460..=11 * 1460;
+        assert!(range.contains(&flow.window()), "a window of {}", flow.window());
+    }
+}
+
+/// Windows: a flow that has had all of them, and now sends little, keeps its window and does not keep others
+/// from sending.
+#[test]
+fn a_flow_that_sends_little_leaves_others_their_windows() {
+    let mut net = Upload::net(400);
+    let mut old = Upload::open(&mut net, 1);
+    for _ in 0..20 {
+        old.send(&mut net, u32::MAX);
+        Upload::wait(&mut net, 100);
+    }
+    assert!(old.window() >= 195 * 1460, "a window of {}", old.window());
+    let mut new = Upload::open(&mut net, 2);
+    for _ in 0..25 {
+        old.send(&mut net, 100);
+        new.send(&mut net, u32::MAX);
+        Upload::wait(&mut net, 100);
+    }
+    assert!(old.window() >= 190 * 1460, "a window of {}", old.window());
+    let range = 95 * 1460..=101 * 1460;
+    assert!(range.contains(&new.window()), "a window of {}", new.window());
 }
 
 /// Windows: a guest whose frames hold several segments may send more at once, and no longer when its frames

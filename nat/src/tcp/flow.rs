@@ -15,7 +15,7 @@ use crate::limits::{
 };
 use crate::output::{Full, Link, Port};
 use crate::packet::Addresses;
-use crate::ports::Share;
+use crate::ports::{SECOND, Share};
 use crate::retained::Retained;
 use crate::retained::kernel::KernelQueue;
 use crate::retained::place::Place;
@@ -117,8 +117,8 @@ pub(crate) struct Flow<T> {
     pub(crate) look_at: u64,
     /// When the guest was last heard.
     pub(crate) heard: u64,
-    /// When the guest was last asked whether it knows the flow.
-    pub(crate) asked: u64,
+    /// The second in which the guest was last asked whether it knows the flow. 0 is never.
+    pub(crate) asked: u32,
     /// What the timer wheel was told.
     pub(crate) timer_at: u64,
     /// What the flow counts for its port's windows.
@@ -158,7 +158,7 @@ pub(crate) struct Flow<T> {
     pub(crate) refused: bool,
 }
 
-static_assertions::const_assert!(size_of::<Flow<i32>>() <= 336);
+static_assertions::const_assert!(size_of::<Flow<i32>>() <= 328);
 
 impl<T> Keyed for Flow<T> {
     type Key = Key;
@@ -300,7 +300,7 @@ impl<T> Flow<T> {
 
     /// When the guest is next to be asked whether it knows the flow.
     pub(crate) fn probe_at(&self) -> u64 {
-        self.heard.max(self.asked) + PROBE_AFTER
+        self.heard.max(u64::from(self.asked) * SECOND) + PROBE_AFTER
     }
 
     /// Sets the timer for an answer to what was sent.

@@ -423,7 +423,7 @@ impl<T> Flow<T> {
         let parts = &run.parts[..run.count];
         if run.bytes > 0 {
             (self.just_writable, self.reopened) = (false, false);
-            io.ports.note_active(port, &mut self.share, io.now);
+            io.ports.note_active(port, &mut self.share, run.bytes, io.now);
             let each = (run.bytes / run.count as u32).min(u16::MAX.into()) as u16;
             let average = &mut self.share.per_frame;
             *average = *average - *average / 4 + each / 4;
@@ -551,7 +551,7 @@ impl<T> Flow<T> {
             room = room.min(SMALL_SOCKET_BUFFER.saturating_sub(used));
         }
         let frame = self.guest_frame(io);
-        room.min(io.ports.share(self.key.port, frame, (&self.share, self.sent), io.now))
+        room.min(io.ports.share(self.key.port, frame, &self.share, io.now))
     }
 
     /// How many bytes the guest may be offered beyond what the socket takes: as many as the socket takes

@@ -12,6 +12,7 @@ use crate::io::Io;
 use crate::limits::{FRAMES_AT_ONCE, IDLE_TIMEOUT, REFUSED_LOOK, RETRANSMITS, SCRATCH_LEN, TURNS};
 use crate::output::Link;
 use crate::packet::padded;
+use crate::ports::SECOND;
 use crate::retained::{Found, Retained};
 use crate::sockets::{Readiness, SocketError, Sockets};
 use crate::stats::Counter;
@@ -335,7 +336,7 @@ impl<T> Flow<T> {
                     // The peer may be gone too. Most connections do not live as long as this.
                     io.sockets.keep_alive(socket);
                 }
-                self.asked = now;
+                self.asked = (now / SECOND) as u32;
                 if self.reopened {
                     // If this was lost, and the guest does not ask, it would wait for ever. The
                     // question itself is no news, so its window may not be taken.
