@@ -702,6 +702,7 @@ fn run(input: &Input<'_>) {
                     readable: has(1),
                     writable: has(2),
                     closed: has(4),
+                    urgent: has(16),
                     failed: has(8),
                 };
                 nat.on_ready(token, readiness, now, &mut out);

@@ -63,6 +63,8 @@ pub struct Readiness {
     pub writable: bool,
     /// The peer sends no more.
     pub closed: bool,
+    /// There are urgent bytes (RFC 6093), in front of which a read may stop although there are more.
+    pub urgent: bool,
     /// There is an error to ask for.
     pub failed: bool,
 }

@@ -96,6 +96,7 @@ impl Turns {
                         readable: old.readable | new.readable,
                         writable: old.writable | new.writable,
                         closed: old.closed | new.closed,
+                        urgent: old.urgent | new.urgent,
                         failed: old.failed | new.failed,
                     }),
                     (old, new) => old.or(new),

@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::mpsc;
 use std::thread;
 use std::time::{Duration, Instant};
@@ -389,6 +390,41 @@ fn resets_go_both_ways() {
     }
 }
 
+/// Goal: urgent bytes are bytes of the stream like others, and what is behind them arrives too, although the
+/// kernel stops in front of them. The bytes are there before the translator looks.
+#[test]
+fn urgent_bytes_are_bytes_like_others() {
+    each_way(|guest, listener| {
+        let port = listener.local_addr().unwrap().port();
+        let (send, may_send) = mpsc::channel();
+        let (sent, is_sent) = mpsc::channel();
+        let served = serve(listener, move |mut peer| {
+            may_send.recv_timeout(LONG).expect("a connected guest");
+            for part in [b"before", b"urgent", b"behind"] {
+                let flags = if part == b"urgent" { libc::MSG_OOB } else { 0 };
+                // SAFETY: the pointer and the length are those of `part`, which the call only reads.
+                let len = unsafe { libc::send(peer.as_raw_fd(), part.as_ptr().cast(), 6, flags) };
+                assert_eq!(len, 6, "{}", std::io::Error::last_os_error());
+            }
+            sent.send(()).unwrap();
+            // The connection stays open until the guest has everything.
+            let mut rest = Vec::new();
+            peer.read_to_end(&mut rest).expect("the guest's end");
+        });
+        let handle = guest.connect(port, 2000);
+        guest.until("a connection", |guest| guest.socket(handle).can_send());
+        send.send(()).unwrap();
+        is_sent.recv_timeout(LONG).expect("the server's bytes");
+        guest.until("all bytes", |guest| guest.socket(handle).recv_queue() == 18);
+        let mut got = [0; 18];
+        guest.socket(handle).recv_slice(&mut got).unwrap();
+        assert_eq!(&got, b"beforeurgentbehind");
+        guest.socket(handle).close();
+        guest.until_gone(handle);
+        served.recv_timeout(LONG).unwrap();
+    });
+}
+
 /// Goal: connections that come and go leave no descriptor.
 #[test]
 #[cfg(target_os = "linux")]
@@ -424,7 +460,7 @@ fn connections_leave_no_descriptor() {
     });
 }
 
-fn pair(v6: bool) -> Option<(Host, std::os::fd::OwnedFd, TcpStream)> {
+fn pair(v6: bool) -> Option<(Host, OwnedFd, TcpStream)> {
     let listener = TcpListener::bind(if v6 { "[::1]:0" } else { "127.0.0.1:0" }).ok()?;
     let mut host = Host::new().unwrap();
     let to = listener.local_addr().unwrap();

@@ -9,7 +9,8 @@ use crate::sockets::{Readiness, Token};
 /// The data of the event of the waker. No socket has this token.
 const WAKER: u64 = u64::MAX;
 /// What a socket is told of. `EPOLLHUP` and `EPOLLERR` always are.
-const INTEREST: i32 = libc::EPOLLIN | libc::EPOLLRDHUP | libc::EPOLLOUT | libc::EPOLLET;
+const INTEREST: i32 =
+    libc::EPOLLIN | libc::EPOLLPRI | libc::EPOLLRDHUP | libc::EPOLLOUT | libc::EPOLLET;
 
 /// Space for what is ready.
 #[derive(Debug)]
@@ -33,6 +34,7 @@ impl Events {
                 readable: has(libc::EPOLLIN),
                 writable: has(libc::EPOLLOUT),
                 closed: has(libc::EPOLLRDHUP | libc::EPOLLHUP),
+                urgent: has(libc::EPOLLPRI),
                 // EPOLLHUP alone means that both directions have ended, which is no error. To ask for
                 // one would take two calls for each connection that ends well.
                 failed: has(libc::EPOLLERR),

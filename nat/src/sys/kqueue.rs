@@ -35,6 +35,7 @@ impl Events {
                 readable: reads,
                 writable: !reads,
                 closed: reads && ends,
+                urgent: event.flags & libc::EV_OOBAND != 0,
                 // At the end of a stream, `fflags` is the socket's error.
                 failed: event.flags & libc::EV_ERROR != 0 || ends && (event.fflags != 0 || !reads),
             };

@@ -130,8 +130,9 @@ pub(crate) struct Flow<T> {
 
     /// The socket may have bytes, or the end of the stream.
     pub(crate) readable: bool,
-    /// The peer sends no more, so the socket has the end of the stream behind its bytes.
-    pub(crate) ending: bool,
+    /// A read that gives less than it could may have more behind it: the end of the stream, because the
+    /// peer sends no more, or urgent bytes, in front of which a read stops.
+    pub(crate) reads_short: bool,
     /// After a timeout, one segment is sent and then nothing until it is acknowledged.
     pub(crate) slow: bool,
     /// FIN of the guest was taken.
@@ -227,7 +228,7 @@ impl<T> Flow<T> {
             attempts: 0,
             backoff: 0,
             readable: false,
-            ending: false,
+            reads_short: false,
             slow: false,
             guest_fin: false,
             fin_acks_fin: false,

@@ -82,7 +82,7 @@ impl<T> Flow<T> {
                 self.phase = Phase::SynReceived;
                 // What comes later is told.
                 self.readable = readiness.readable || readiness.closed;
-                self.ending = readiness.closed;
+                self.reads_short = readiness.closed || readiness.urgent;
                 self.ask_space(io, memory);
                 self.ack_due = true;
                 self.retry_at = io.now + HANDSHAKE_FIRST;

@@ -152,9 +152,8 @@ impl<T> Flow<T> {
                 return Ok(false);
             }
         };
-        // Fewer than asked for: there are no more now. The end of the stream may have been told
-        // before.
-        if all < wanted && !self.ending {
+        // Fewer than asked for: there are no more now.
+        if all < wanted && !self.reads_short {
             self.readable = false;
         }
         let shift = self.rcv_shift;
@@ -287,7 +286,7 @@ impl<T> Flow<T> {
             return self.world_failed(error, io, memory);
         }
         self.readable |= readiness.readable || readiness.closed;
-        self.ending |= readiness.closed;
+        self.reads_short |= readiness.closed || readiness.urgent;
         if readiness.writable && self.armed {
             self.armed = false;
             self.just_writable = true;

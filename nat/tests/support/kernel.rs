@@ -202,7 +202,16 @@ impl Kernel {
     pub(crate) fn connect(&self, index: usize, result: Result<(), SocketError>) {
         self.with(index, |peer| peer.connected = Some(result));
         let failed = result.is_err();
-        self.tell(index, Readiness { writable: true, failed, closed: failed, readable: failed });
+        self.tell(
+            index,
+            Readiness {
+                writable: true,
+                failed,
+                closed: failed,
+                readable: failed,
+                ..Readiness::default()
+            },
+        );
     }
 
     pub(crate) fn write(&self, index: usize, bytes: &[u8]) {
@@ -222,7 +231,13 @@ impl Kernel {
     /// The peer sends a reset.
     pub(crate) fn reset(&self, index: usize) {
         self.with(index, |peer| peer.error = Some(SocketError::Reset));
-        let readiness = Readiness { readable: true, writable: true, closed: true, failed: true };
+        let readiness = Readiness {
+            readable: true,
+            writable: true,
+            closed: true,
+            failed: true,
+            ..Readiness::default()
+        };
         self.tell(index, readiness);
     }
 

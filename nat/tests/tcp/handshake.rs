@@ -177,7 +177,13 @@ fn an_event_alone_is_no_connection() {
     each_way(|script| {
         script.run("< S 0 win 65535");
         let token = script.net.kernel.with(0, |peer| peer.token);
-        let early = Readiness { writable: true, closed: true, failed: true, readable: true };
+        let early = Readiness {
+            writable: true,
+            closed: true,
+            failed: true,
+            readable: true,
+            ..Readiness::default()
+        };
         let (now, out) = (script.net.now, &mut script.net.out);
         script.net.nat.on_ready(token, early, now, out);
         script.run(
