@@ -315,6 +315,31 @@ fn a_port_leaves_descriptors_to_others() {
     assert_eq!(net.kernel.open(), 30);
 }
 
+/// S6: flows that have ended, and wait for late segments of the guest, are bounded and keep no other from
+/// opening.
+#[test]
+fn flows_that_have_ended_keep_no_other_from_opening() {
+    let mut config = config(false);
+    config.limits.flows = 4;
+    config.limits.new_flows_per_second = 10_000;
+    config.limits.port.new_flows_per_second = 10_000;
+    let mut script = Script::new(config, plain_link(), false);
+    for port in 1..=1100 {
+        script.guest.set_port(port);
+        script.open().run(
+            "
+            peer finishes
+            > F. 1 ack 1
+            < F. 1 ack 2 win 512
+            > . 2 ack 2
+            peer got close
+            ",
+        );
+    }
+    assert_eq!(script.net.nat.usage(), (vmring_nat::limits::TIME_WAIT_FLOWS, 0));
+    script.run("wait 1100\n empty");
+}
+
 /// S6: when the kernel's memory for sockets is used up, new sockets get small buffers, and old ones offer
 /// small windows.
 #[test]

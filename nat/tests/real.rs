@@ -16,8 +16,8 @@ use smoltcp::wire::{HardwareAddress, IpCidr};
 use vmring_core::offload::{OffloadHeader, Offloads};
 use vmring_nat::sys::{Events, Host};
 use vmring_nat::{
-    Counter, Full, GuestFrame, Link, Nat, Output, Policy, Port, Request, SocketError, Sockets,
-    Token, Verdict,
+    ConnectOptions, Counter, Full, GuestFrame, Link, Nat, Output, Policy, Port, Request,
+    SocketError, Sockets, Token, Verdict,
 };
 
 use crate::smoltcp_guest::{Card, deliver, with_ethernet};
@@ -423,6 +423,59 @@ fn urgent_bytes_are_bytes_like_others() {
         guest.until_gone(handle);
         served.recv_timeout(LONG).unwrap();
     });
+}
+
+/// An option of a socket that is an `int`.
+fn option(socket: &OwnedFd, level: i32, option: i32) -> libc::c_int {
+    let mut value: libc::c_int = 0;
+    let mut len = size_of_val(&value) as libc::socklen_t;
+    let (value_at, len_at) = ((&raw mut value).cast(), &raw mut len);
+    // SAFETY: the pointers are to `value` and its length, which live until the call returns.
+    let result = unsafe { libc::getsockopt(socket.as_raw_fd(), level, option, value_at, len_at) };
+    assert_eq!(result, 0, "{}", std::io::Error::last_os_error());
+    value
+}
+
+/// Goal: a socket is what it was asked for: it sends at once, and its packets have the hop limit and the
+/// services of the guest's. Its buffers are the kernel's, unless they are to be small. It asks whether its
+/// peer is there when it is told to.
+#[test]
+fn a_socket_is_set_up_as_it_was_asked_for() {
+    for v6 in [false, true] {
+        let Ok(listener) = TcpListener::bind(if v6 { "[::1]:0" } else { "127.0.0.1:0" }) else {
+            eprintln!("skipped: this machine has no IPv6");
+            continue;
+        };
+        let to = listener.local_addr().unwrap();
+        let mut host = Host::new().unwrap();
+        let (level, services, hops) = match v6 {
+            false => (libc::IPPROTO_IP, libc::IP_TOS, libc::IP_TTL),
+            true => (libc::IPPROTO_IPV6, libc::IPV6_TCLASS, libc::IPV6_UNICAST_HOPS),
+        };
+        let plain = host.connect_tcp(to, &ConnectOptions::default(), Token(1 << 56)).unwrap();
+        assert_ne!(option(&plain, libc::IPPROTO_TCP, libc::TCP_NODELAY), 0);
+        assert_eq!(option(&plain, level, services), 0);
+        assert_eq!(option(&plain, libc::SOL_SOCKET, libc::SO_KEEPALIVE), 0);
+        host.keep_alive(&plain);
+        assert_ne!(option(&plain, libc::SOL_SOCKET, libc::SO_KEEPALIVE), 0);
+
+        let options = ConnectOptions { dscp: 46, hop_limit: Some(7), buffers: Some(8192) };
+        let asked = host.connect_tcp(to, &options, Token(2 << 56)).unwrap();
+        assert_eq!((option(&asked, level, services), option(&asked, level, hops)), (46 << 2, 7));
+        for buffer in [libc::SO_SNDBUF, libc::SO_RCVBUF] {
+            let [plain, asked] =
+                [&plain, &asked].map(|socket| option(socket, libc::SOL_SOCKET, buffer));
+            // Linux doubles the size, for what it keeps beside the bytes (socket(7)).
+            assert!(asked <= 2 * 8192 && asked < plain, "{asked} and {plain} bytes");
+        }
+
+        let udp = host.connect_udp(0, to, Token(3 << 56)).unwrap();
+        for (limit, dscp) in [(9, 0), (64, 10), (8, 0)] {
+            host.set_ip_fields(&udp, !v6, limit, dscp);
+            let set = (option(&udp, level, hops), option(&udp, level, services));
+            assert_eq!(set, (limit.into(), libc::c_int::from(dscp) << 2));
+        }
+    }
 }
 
 /// Goal: connections that come and go leave no descriptor.

@@ -95,6 +95,7 @@ pub(crate) struct Calls {
     pub(crate) send: usize,
     pub(crate) send_space: usize,
     pub(crate) arm_writable: usize,
+    pub(crate) keep_alive: usize,
     pub(crate) send_datagrams: usize,
     pub(crate) receive_datagrams: usize,
     pub(crate) accept: usize,
@@ -515,7 +516,10 @@ impl Sockets for Kernel {
         })
     }
 
-    fn keep_alive(&mut self, _: &Socket) {}
+    fn keep_alive(&mut self, _: &Socket) {
+        self.0.borrow_mut().calls.keep_alive += 1;
+    }
+
     fn reset(&mut self, socket: Socket) {
         self.with(socket.index, |peer| peer.closed = Some(true));
     }

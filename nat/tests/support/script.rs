@@ -288,7 +288,11 @@ impl Script {
             segment.mss,
             segment.shift
         );
-        // PSH is a hint.
+        // PSH is a hint. It has to be there where the line has it.
+        assert!(
+            segment.flags.contains('P') || !flags.contains('P'),
+            "without PSH, for {line}: {said}"
+        );
         let plain = |flags: &str| flags.replace('P', "");
         assert_eq!(plain(&segment.flags), plain(&flags), "for {line}: {said}");
         let is_bare = flags == "R";

@@ -331,12 +331,13 @@ fn a_guest_that_has_forgotten_is_found_out() {
 }
 
 /// T8: a silent guest is asked, and keeps its flow as long as it answers. One that does not answer loses
-/// it after two hours.
+/// it after two hours. Whether the peer is there, the host's kernel finds out.
 #[test]
 fn an_idle_flow_ends_after_two_hours_without_an_answer() {
     each_way(|script| {
         script.open();
-        for _ in 0..200 {
+        for round in 0..200 {
+            assert_eq!(script.net.kernel.calls().keep_alive, usize::from(round > 0));
             script.run("wait 60100\n > . 0 ack 1\n < . 1 ack 1 win 512");
         }
         script.run("peer is open\n wait 7100000\n peer is open\n wait 120000\n peer got reset");

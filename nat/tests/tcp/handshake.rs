@@ -1,5 +1,6 @@
 //! How flows begin, in both directions.
 
+use std::cell::RefCell;
 use std::time::Duration;
 
 use vmring_nat::{Readiness, SocketError};
@@ -120,6 +121,37 @@ fn a_repeated_syn_opens_nothing_and_resets_nothing() {
             ",
         );
     });
+}
+
+/// RFC 6528, 3: nobody who knows one flow's sequence knows another's. The same addresses and ports begin
+/// behind where an earlier flow of them has begun.
+#[test]
+fn sequences_begin_at_no_known_place() {
+    let begin = |script: &mut Script, port| {
+        script.guest.set_port(port);
+        script.run(
+            "
+            < S 0 win 65535 mss 1000 ws 7
+            peer connects
+            > S. 0 ack 1
+            < R 1
+            peer got reset
+            ",
+        );
+        script.iss
+    };
+    let known = RefCell::new(Vec::new());
+    each_way(|script| {
+        let (first, other) = (begin(script, 40_000), begin(script, 40_001));
+        known.borrow_mut().extend([first, other]);
+        script.run("wait 1000");
+        // One number every 4 microseconds.
+        assert_eq!(begin(script, 40_000).wrapping_sub(first), 250_000);
+    });
+    let mut known = known.into_inner();
+    known.sort_unstable();
+    known.dedup();
+    assert_eq!(known.len(), 8, "each flow of each translator begins elsewhere");
 }
 
 /// Goal: SYN,ACK is sent again until the guest answers, and the flow ends if it never does.

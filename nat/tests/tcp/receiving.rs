@@ -313,23 +313,59 @@ fn a_guest_that_sends_all_it_may_makes_the_buffer_grow() {
 #[test]
 fn without_a_block_no_window_goes_beyond_the_buffer() {
     let mut script = small(false, 10_240, false);
-    let begin = |script: &mut Script, port: u16, window: u16| {
-        script.guest.set_port(port);
-        script.run(&format!(
-            "< S 0 win 65535 mss 1000 ws 7\n peer connects\n > S. 0 ack 1 win {window}\n < . 1 ack 1 win 512"
-        ));
-    };
-    // A port has at most three quarters of the 64 blocks.
-    for port in 0..48 {
-        begin(&mut script, 40_000 + port, 20_480);
-        script.run("< P. 1:10242 ack 1 win 512\n > . 1 ack 10242");
-    }
-    begin(&mut script, 41_000, 10_240);
+    take_all_blocks(&mut script, 1000, 10_240);
+    begin(&mut script, 41_000, 1000, 10_240);
     script.run("< P. 1:10241 ack 1 win 512\n > . 1 ack 10241 win 0\n count SpillFull 0");
     script.net.kernel.read(0, 10_240);
     script.net.settle();
     script.net.out.frames.clear();
-    begin(&mut script, 41_001, 20_480);
+    begin(&mut script, 41_001, 1000, 20_480);
+}
+
+/// The handshake of another flow of the guest, with the window that it is offered.
+fn begin(script: &mut Script, port: u16, mss: u16, window: u16) {
+    script.guest.set_port(port);
+    script.run(&format!(
+        "
+        < S 0 win 65535 mss {mss} ws 7
+        peer connects
+        > S. 0 ack 1 win {window}
+        < . 1 ack 1 win 512
+        "
+    ));
+}
+
+/// Opens flows that send a byte more than their sockets take, until the port has no block for another.
+fn take_all_blocks(script: &mut Script, mss: u16, capacity: u32) {
+    // A port has at most three quarters of the 64 blocks.
+    for port in 0..48 {
+        begin(script, 40_000 + port, mss, (2 * capacity).min(65_535) as u16);
+        let end = capacity + 2;
+        script.run(&format!("< P. 1:{end} ack 1 win 512\n > . 1 ack {end}"));
+    }
+}
+
+/// T9: there is no deadlock either where no window goes beyond the buffer: it opens by a quarter of the buffer if
+/// a segment is larger than all of it.
+#[test]
+fn without_a_block_a_small_buffer_does_not_deadlock() {
+    let link = vmring_nat::Link { mtu: 65_520, longest: 65_534, ..plain_link() };
+    let mut script = Script::new(config(false), link, false);
+    script.net.kernel.0.borrow_mut().capacity = 46_080;
+    take_all_blocks(&mut script, 65_480, 46_080);
+    begin(&mut script, 41_000, 65_480, 46_080);
+    script.run(
+        "
+        < P. 1:46081 ack 1 win 512
+        > . 1 ack 46081 win 0
+        peer reads 46080
+        wait 20
+        > . 1 ack 46081 win 180
+        < P. 46081:92161 ack 1 win 512
+        > . 1 ack 92161 win 0
+        peer got 92160
+        ",
+    );
 }
 
 /// T10: the guest does not wait for the peer: what the kernel has taken is acknowledged, and the window

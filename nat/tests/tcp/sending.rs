@@ -1,6 +1,10 @@
 //! From the world to the guest: data, losses, and windows of the guest.
 
-use crate::support::script::{each_way, from_world, stream};
+use vmring_nat::Nat;
+
+use crate::support::kernel::Kernel;
+use crate::support::port::{config, plain_link};
+use crate::support::script::{Script, each_way, from_world, stream};
 
 /// T1: a look at the socket that finds nothing new while bytes are not acknowledged is not repeated.
 /// T2: nor is one while the guest's window is closed.
@@ -19,6 +23,9 @@ fn no_socket_is_looked_at_again_and_again() {
         script.run("peer writes 0\n nothing");
         assert_eq!(looks(script), before + 1, "T1");
         script.run("wait 100\n nothing");
+        assert_eq!(looks(script), before + 1, "T1");
+        // Nor does what the guest sends meanwhile.
+        script.run("< . 1 ack 201 win 512\n nothing");
         assert_eq!(looks(script), before + 1, "T1");
         script.run(
             "
@@ -410,6 +417,26 @@ fn acknowledged_bytes_leave_the_kernel() {
         script.run("peer writes 3000\n < . 1 ack 4001 win 512\n peer writes 3000");
         assert_eq!(script.net.kernel.calls().set_peek_offset, usize::from(!in_rings));
     });
+}
+
+/// Goal: bytes stay in the kernel over the IP whose sockets can look at an offset, and only over that.
+#[test]
+fn each_ip_has_its_own_place_for_bytes() {
+    for (of_v4, of_v6) in [(true, false), (false, true)] {
+        for v6 in [false, true] {
+            let mut script = Script::new(config(false), plain_link(), v6);
+            let kernel = Kernel::new();
+            {
+                let capabilities = &mut kernel.0.borrow_mut().capabilities;
+                (capabilities.peek_offset_v4, capabilities.peek_offset_v6) = (of_v4, of_v6);
+            }
+            script.net.nat = Nat::new(config(false), kernel.clone(), script.net.now);
+            script.net.kernel = kernel;
+            script.open().run("peer writes 500\n > . 1:501 ack 1");
+            let (calls, in_kernel) = (script.net.kernel.calls(), if v6 { of_v6 } else { of_v4 });
+            assert_eq!((calls.peek > 0, calls.receive > 0), (in_kernel, !in_kernel), "v6: {v6}");
+        }
+    }
 }
 
 /// Goal: an acknowledgment of what was never sent is answered and not believed.
