@@ -71,10 +71,30 @@
 //! [`spawn`](NetDevice::spawn). The loop around it is the same everywhere:
 //!
 //! 1. [`poll`](NetDevice::poll) moves packets, without waiting, up to a budget.
-//! 2. If [`Progress::again`] is set, others have their turn, and then the loop polls again.
+//! 2. If [`Progress::again`] is set, the loop polls again, and other devices of the thread have their turn
+//!    after a number of such polls.
 //! 3. Otherwise [`arm`](NetDevice::arm) asks the guest and the interface for signals. If it returns
 //!    false, something has come meanwhile: poll again.
 //! 4. Sleep until the descriptor of the device is readable, or until [`Progress::deadline`].
+//!
+//! A thread with several guests that send to each other is fastest if it polls a guest until it has no
+//! more, with a bound, and then the next one:
+//!
+//! ```no_run
+//! # fn turn(devices: &mut [vmring_virtio::net::NetDevice]) {
+//! for device in devices {
+//!     // With the default budget these are at most 2,048 chains of each queue.
+//!     for _ in 0..64 {
+//!         if !device.poll().again {
+//!             break;
+//!         }
+//!     }
+//! }
+//! # }
+//! ```
+//!
+//! If it polls each guest once, both guests always have more, and a packet from guest to guest has cost
+//! up to twice as much.
 //!
 //! While the device is awake, the guest is told that kicks are not needed, and packets of other guests
 //! cost no wake-up. An idle device costs nothing. The thread of a virtual processor calls

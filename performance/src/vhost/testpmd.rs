@@ -21,7 +21,7 @@ pub(super) fn missing() -> Option<String> {
     if crate::common::processors() < 2 {
         return Some("the front end and the back end need a processor each".into());
     }
-    for (program, package) in [("dpdk-testpmd", "dpdk"), ("stdbuf", "coreutils")] {
+    for (program, package) in [("dpdk-testpmd", "dpdk-dev"), ("stdbuf", "coreutils")] {
         if !has_program(program) {
             return Some(format!("the program {program} (Debian's package {package}) is not here"));
         }
