@@ -970,8 +970,8 @@ impl<B: PacketBuffer> Inbox<B> {
         })
     }
 
-    /// Asks for the cache lines of the posted buffer `index`, which is about to be filled with some `len`
-    /// bytes. The caller owns the cell.
+    /// Asks for the cache lines of the first `len` bytes of the posted buffer `index`, which is about to be
+    /// filled. The caller owns the cell.
     #[inline(always)]
     fn ask_for(&self, index: u32, len: usize) {
         self.buffer_ptr(index).with(|ptr| {
@@ -1325,6 +1325,9 @@ impl<'a, B: PacketBuffer> Claim<'a, B> {
         {
             let len = inbox.copy_to_ptr(ptrs.get(next), next, short);
             self.hand_over_at_once(states.get(next), next, len);
+            if self.left() > 1 {
+                inbox.ask_for(self.next.wrapping_add(1), 1);
+            }
             (next, bytes) = (self.next, bytes + short.len() as u64);
             frame = frames.next();
         }
