@@ -63,12 +63,12 @@ fn udp(guest: u8, host_mac: &[u8], text: &[u8]) -> Vec<u8> {
     packet
 }
 
-/// The next packet with this EtherType. Every packet on the way is for this guest or for all.
-fn next(guest: &mut Guest, ethertype: [u8; 2]) -> Vec<u8> {
+/// The next IPv4 packet. Every packet on the way is for this guest or for all.
+fn next(guest: &mut Guest) -> Vec<u8> {
     loop {
         let packet = guest.receive();
         assert!(packet[..6] == guest.mac || packet[0] & 1 == 1, "for another: {packet:x?}");
-        if packet[12..14] == ethertype && packet[..6] == guest.mac {
+        if packet[12..14] == [8, 0] && packet[..6] == guest.mac {
             return packet;
         }
     }
@@ -77,9 +77,14 @@ fn next(guest: &mut Guest, ethertype: [u8; 2]) -> Vec<u8> {
 /// Asks for the host's MAC address.
 pub(super) fn host_mac(guest: &mut Guest, number: u8) -> Vec<u8> {
     guest.send(&question(number));
-    let answer = next(guest, [8, 6]);
-    assert_eq!(answer[28..32], HOST);
-    answer[6..12].to_vec()
+    loop {
+        let packet = guest.receive();
+        // The host may still send to a guest that has left, and the switch floods that.
+        if packet[12..14] == [8, 6] && packet[..6] == guest.mac {
+            assert_eq!(packet[28..32], HOST);
+            return packet[6..12].to_vec();
+        }
+    }
 }
 
 /// Two guests, on these sockets, exchange packets with the host in `rounds` rounds.
@@ -103,7 +108,7 @@ pub(super) fn talk(a: &Path, b: &Path, rounds: usize) -> [Guest; 2] {
             host.send_to(text.to_uppercase().as_bytes(), from).expect("it is sent");
         }
         for (guest, number) in guests.iter_mut().zip([1, 2]) {
-            let heard = next(guest, [8, 0]);
+            let heard = next(guest);
             assert_eq!(heard[30..34], address(number));
             let text = format!("FROM GUEST {number}, ROUND {round}, ");
             assert_eq!(heard[42..42 + text.len()], *text.as_bytes());
