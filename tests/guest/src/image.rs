@@ -61,6 +61,11 @@ fn for_qemu(folder: &Path) -> Result<Image, Missing> {
 }
 
 fn for_uml(folder: &Path) -> Result<Image, Missing> {
+    // Linux 6.1 has less space for a process's registers than such a processor needs (EFAULT of
+    // PTRACE_SETREGSET), so it kills its first program.
+    if fs::read_to_string("/proc/cpuinfo").is_ok_and(|processor| processor.contains(" amx_tile")) {
+        return Err(Missing::new("user-mode Linux cannot run on a processor with AMX".to_owned()));
+    }
     let (kernel, modules) = match packages::program("linux.uml") {
         Ok(program) => (program, PathBuf::from("/usr/lib/uml/modules")),
         Err(_) => {
