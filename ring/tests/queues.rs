@@ -1842,6 +1842,37 @@ fn writes_end_in_the_queue_of_their_own_ring() {
     assert_eq!(done.frame.as_deref(), Some(&b"packet"[..]));
 }
 
+/// Goal: the oldest writes are a list that gets shorter as they end, whatever is asked for. Method: two of
+/// three writes are alike.
+#[test]
+fn leading_frames_are_counted_as_they_end() {
+    let pool = pool(3);
+    let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
+        rings(Depths::new(3, 3, 3), Regions::new(vec![pool.clone()]).expect("one"), 0);
+    for (user_data, packet) in [&b"one"[..], b"two", b"three"].into_iter().enumerate() {
+        let mut frame = pool.alloc().expect("a free slot");
+        frame.copy_from(packet).expect("it fits");
+        sq_producer.push(Class::Write, frame, user_data as u64).expect("a credit");
+    }
+    sq_producer.publish();
+    sq_consumer.ready();
+    let like = |_: &Buffer, packet: &[u8]| packet.len() == 3;
+    sq_consumer.with_leading_frames(&mut cq_producer, 9, like, |frames| {
+        assert_eq!((frames.len(), frames.is_empty()), (2, false));
+        assert_eq!(frames.packets().collect::<Vec<_>>(), [b"one", b"two"]);
+        frames.end(1);
+        assert_eq!((frames.len(), frames.is_empty()), (1, false));
+        assert_eq!(frames.packets().collect::<Vec<_>>(), [b"two"]);
+        frames.end(9);
+        assert_eq!((frames.len(), frames.is_empty()), (0, true));
+        assert_eq!(frames.packets().len(), 0);
+    });
+    cq_producer.publish();
+    cq_consumer.ready();
+    let mut done = || cq_consumer.pop().map(|done| done.user_data);
+    assert_eq!([done(), done(), done()], [Some(0), Some(1), None]);
+}
+
 /// Goal: entries move to a CQ that was full and was reaped since, and no more entries than there are. Method:
 /// rounds in the same cells. The first ones move entry by entry, until at some time the CQ's producer knows
 /// of no space. Behind the last pair are the entries of earlier rounds.
