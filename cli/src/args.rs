@@ -244,10 +244,10 @@ failed, 2 for invalid arguments.";
 #[cfg(target_os = "linux")]
 #[derive(Debug, Args)]
 pub(crate) struct RunNetnsArgs {
-    /// The largest IP packet in bytes, 1280 to 65521
-    #[arg(long, value_name = "BYTES", default_value_t = 1500,
+    /// The largest IP packet in bytes, 1280 to 65521 [default: 65520, or 1500 with --offload none]
+    #[arg(long, value_name = "BYTES",
           value_parser = clap::value_parser!(u32).range(1280..=65_521))]
-    pub(crate) mtu: u32,
+    mtu: Option<u32>,
     /// What the command's kernel leaves to the network: all checksums and segments, for which its packets
     /// have up to 64 KiB; or none, as a network card without offload
     #[arg(long, value_enum, value_name = "WHAT", default_value_t = NetnsOffload::All)]
@@ -260,6 +260,18 @@ pub(crate) struct RunNetnsArgs {
     /// The command and its arguments
     #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
     pub(crate) command: Vec<OsString>,
+}
+
+#[cfg(target_os = "linux")]
+impl RunNetnsArgs {
+    /// The largest IP packet of the namespace, in bytes. What it carries ends at a socket of this process.
+    /// The host's kernel cuts it for the networks behind.
+    pub(crate) fn mtu(&self) -> u32 {
+        self.mtu.unwrap_or(match self.offload {
+            NetnsOffload::All => 65_520,
+            NetnsOffload::None => 1500,
+        })
+    }
 }
 
 /// What the TAP of a network namespace leaves to the network.

@@ -130,7 +130,7 @@ fn pass_on(child: Pid) -> Result<(), Failure> {
 
 /// Joins the TAP to a network of its own.
 fn join(tap: &OwnedFd, args: &RunNetnsArgs) -> Result<(Bridge, Settings), Failure> {
-    let builder = |offloads| Interface::builder().offloads(offloads).mtu(args.mtu);
+    let builder = |offloads| Interface::builder().offloads(offloads).mtu(args.mtu());
     let start = |name: &str, builder: InterfaceBuilder| {
         builder.start().map_err(Failure::starting).map(|interface| End::of(name, interface))
     };

@@ -199,7 +199,7 @@ impl<'a> Parts<'a> {
             direct,
             kernel,
             self.ours(&[]),
-            self.ours(&["--mtu", "65520"]),
+            self.ours(&["--mtu", "1500"]),
             self.pasta(LONG_MTU),
         ];
         self.streams(OFFLOAD, about, ways, |direction, medians| {

@@ -51,7 +51,7 @@ fn prepare(parent: UnixStream, args: &RunNetnsArgs) -> Result<(), String> {
     // A command whose network has gone ends too.
     prctl::set_pdeathsig(Signal::SIGTERM).map_err(|e| failed("setting a signal", &e))?;
     enter()?;
-    let tap = link::create(args.mtu, args.offload)?;
+    let tap = link::create(args.mtu(), args.offload)?;
     let fds = [tap.as_raw_fd()];
     let message = [ControlMessage::ScmRights(&fds)];
     let piece = [IoSlice::new(&[0])];

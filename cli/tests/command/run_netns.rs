@@ -145,18 +145,22 @@ fn its_exit_code_is_the_commands() {
     }
 }
 
-/// The TAP has the header of offload, or it has not; and packets pass through both.
+/// The TAP has the header of offload and long packets, or it has neither; and packets pass through both.
 #[test]
 fn a_command_leaves_work_to_its_network_or_does_it_itself() {
-    for (offload, header) in [("all", "vnet_hdr on"), ("none", "vnet_hdr off")] {
+    for (options, header, mtu) in [
+        (&[][..], "vnet_hdr on", "mtu 65520 "),
+        (&["--mtu", "1500"], "vnet_hdr on", "mtu 1500 "),
+        (&["--offload", "none"], "vnet_hdr off", "mtu 1500 "),
+    ] {
         let script = "ip -details link show tap0 && ping -c 1 -W 20 -s 1400 192.168.64.1";
-        let arguments = ["--offload", offload, "--", "sh", "-c", script];
+        let arguments = [options, &["--", "sh", "-c", script]].concat();
         let Some(output) = run(None, &arguments) else { return };
         if output.status.code() == Some(127) {
             return eprintln!("skipped: there is no ip or no ping here");
         }
         let (out, err) = (text(&output.stdout), text(&output.stderr));
-        assert!(out.contains(header), "no {header} in {out}{err}");
+        assert!(out.contains(header) && out.contains(mtu), "no {header} or {mtu} in {out}{err}");
         assert!(out.contains(" 0% packet loss"), "{out}{err}");
     }
 }

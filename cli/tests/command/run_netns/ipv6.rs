@@ -206,7 +206,7 @@ fn the_tools_of_ipv6_find_the_gateway() {
     let script = format!("rdisc6 -1 -w 20000 tap0; ndisc6 -1 -w 20000 {GATEWAY} tap0");
     let told = world.lines(&[], &script).join("\n");
     for words in
-        ["Router lifetime", "65535", PREFIX, "Recursive DNS server", GATEWAY, "1500", "link-layer"]
+        ["Router lifetime", "65535", PREFIX, "Recursive DNS server", GATEWAY, "65520", "link-layer"]
     {
         assert!(told.contains(words), "no {words} in {told}");
     }
