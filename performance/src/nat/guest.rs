@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use vmring::device::Offloads;
+use vmring::device::embedded::nat::NatSettings;
 use vmring::{
     Checksum, Direction, Drive, Embedded, Frame, Gso, Interface, Mode, OffloadHeader, Ring, RingOp,
 };
@@ -88,14 +89,23 @@ struct Segment<'a> {
 
 impl Guest {
     /// A guest on a network of its own, whose translator has the sockets of the calling thread's namespace,
-    /// with a connection to `server`.
-    pub(super) fn connect(server: SocketAddrV4) -> Result<Self> {
-        let network = Embedded::network("vmring-performance nat");
+    /// with a connection to `server`. A server at the loopback address is reached at the gateway's, as a port
+    /// of the host that the network opens.
+    pub(super) fn connect(mut server: SocketAddrV4) -> Result<Self> {
+        let is_here = server.ip().is_loopback();
+        let mut settings = NatSettings::new();
+        if is_here {
+            settings = settings.host_port(server.port().to_string().parse()?);
+        }
+        let network = Embedded::network("vmring-performance nat").nat(settings);
         let builder = Interface::builder().mode(Mode::Shared).offloads(Offloads::ALL);
         let interface = builder.device(network).start()?;
         let ring = interface.ring(Direction::Both).depth(DEPTH).drive(Drive::Inline);
         let ring = ring.prefault(true).build()?;
         let range = interface.info().ipv4.ok_or("the network has no addresses")?;
+        if is_here {
+            server.set_ip(range.start);
+        }
         let frames = |count| std::iter::from_fn(|| ring.alloc()).take(count).collect::<Vec<_>>();
         let mut guest = Self {
             free: frames(DEPTH as usize),

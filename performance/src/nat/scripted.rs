@@ -1,7 +1,7 @@
 //! A stream of a guest in this program, beside one over the loopback interface.
 
 use std::io::{Read, Write};
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
+use std::net::{Ipv4Addr, SocketAddrV4, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -29,14 +29,19 @@ enum Method {
     Loopback,
     Veth,
     Guest,
+    /// The guest reaches a server of its host over lo.
+    GuestOverLoopback,
 }
 
 impl Method {
+    const ALL: [Self; 4] = [Self::Loopback, Self::Veth, Self::Guest, Self::GuestOverLoopback];
+
     fn name(self) -> &'static str {
         match self {
             Self::Loopback => "socket pair over lo",
             Self::Veth => "socket pair over veth",
-            Self::Guest => "scripted guest, vmring",
+            Self::Guest => "scripted guest, vmring, veth",
+            Self::GuestOverLoopback => "scripted guest, vmring, lo",
         }
     }
 }
@@ -51,16 +56,19 @@ pub(super) fn run(rounds: u32, programs: Programs<'_>) -> Result<Measured> {
     let mut table = Table::new(NAME, about, &["direction", "carried by"], figures);
     let world = World::new()?;
     let servers = Servers::start(&world.outside)?;
+    let here = world.host.inside(|| Ok(TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?))?;
+    let ends =
+        Ends { world: &world, outside: (&servers.taken, servers.taken(0)), here: at(&here)? };
     for direction in Direction::ALL {
-        check(&world, &servers, direction)?;
+        check(&ends, ends.outside, direction)?;
+        check(&ends, ends.here, direction)?;
     }
     let mut wants = Vec::new();
     for direction in Direction::ALL {
-        let mut all = [Method::Loopback, Method::Veth, Method::Guest]
-            .map(|method| (method, [const { Vec::new() }; 3]));
+        let mut all = Method::ALL.map(|method| (method, [const { Vec::new() }; 3]));
         for _ in 0..rounds {
             for (method, [rate, own, machine]) in &mut all {
-                let stream = measure(&world, &servers, *method, direction, time)
+                let stream = measure(&ends, *method, direction, time)
                     .map_err(|error| format!("{}, {}: {error}", method.name(), direction.name()))?;
                 rate.push(stream.gbit_per_second);
                 own.extend(stream.own_cpu);
@@ -70,21 +78,40 @@ pub(super) fn run(rounds: u32, programs: Programs<'_>) -> Result<Measured> {
         let medians = all.map(|(method, [rate, own, machine])| {
             table.row(&[direction.name(), method.name()], &[&rate, &own, &machine])
         });
-        let what = format!("TCP {}: scripted guest / socket pair over lo", direction.name());
-        wants.push(Want::at_least(what, medians[2] / medians[0], 0.85));
+        let [loopback, veth, outside, here] = medians;
+        let what =
+            |over| format!("TCP {}: scripted guest / socket pair, over {over}", direction.name());
+        wants.push(Want::at_least(what("lo"), here / loopback, 0.85));
+        wants.push(Want::at_least(what("veth"), outside / veth, 0.85));
     }
     Ok(Ok((table, wants)))
 }
 
-/// A guest on the host of `world`, and the server of its connection. `work` runs there.
+/// A listener, and the address at which a client on the host reaches it.
+type Server<'a> = (&'a TcpListener, SocketAddrV4);
+
+/// Where a stream may end.
+struct Ends<'a> {
+    world: &'a World,
+    outside: Server<'a>,
+    /// On the host itself, at the loopback address.
+    here: Server<'a>,
+}
+
+fn at(listener: &TcpListener) -> Result<Server<'_>> {
+    let port = listener.local_addr()?.port();
+    Ok((listener, SocketAddrV4::new(Ipv4Addr::LOCALHOST, port)))
+}
+
+/// A guest on the host, and the server's end of its connection. `work` runs there.
 fn with_guest<T: Send>(
-    world: &World,
-    servers: &Servers,
+    ends: &Ends<'_>,
+    (listener, address): Server<'_>,
     work: impl FnOnce(Guest, TcpStream) -> Result<T> + Send,
 ) -> Result<T> {
-    world.host.inside(|| {
-        let guest = Guest::connect(servers.taken(0))?;
-        let (served, _) = servers.taken.accept()?;
+    ends.world.host.inside(|| {
+        let guest = Guest::connect(address)?;
+        let (served, _) = listener.accept()?;
         served.set_read_timeout(Some(SILENCE))?;
         served.set_write_timeout(Some(SILENCE))?;
         work(guest, served)
@@ -92,13 +119,15 @@ fn with_guest<T: Send>(
 }
 
 /// Compares what arrives with what was sent.
-fn check(world: &World, servers: &Servers, direction: Direction) -> Result<()> {
+fn check(ends: &Ends<'_>, server: Server<'_>, direction: Direction) -> Result<()> {
     let bytes: Vec<u8> = (0..CHECKED).map(byte_at).collect();
-    with_guest(world, servers, |mut guest, mut served| {
+    with_guest(ends, server, |mut guest, mut served| {
         let stop = &AtomicBool::new(false);
         thread::scope(|scope| match direction {
             Direction::Out => {
-                let sending = scope.spawn(move || guest.send_stream(stop, Some(CHECKED)));
+                // The guest's network stays until all has arrived: what ends with it is reset.
+                let sending =
+                    scope.spawn(move || guest.send_stream(stop, Some(CHECKED)).map(|()| guest));
                 let mut arrived = vec![0; CHECKED as usize];
                 let read = served.read_exact(&mut arrived);
                 // The guest ends when all is acknowledged.
@@ -136,37 +165,31 @@ fn check(world: &World, servers: &Servers, direction: Direction) -> Result<()> {
 }
 
 fn measure(
-    world: &World,
-    servers: &Servers,
+    ends: &Ends<'_>,
     method: Method,
     direction: Direction,
     time: Duration,
 ) -> Result<Stream> {
-    let one_way = |client: TcpStream, served: TcpStream| {
+    let pair = |(listener, address): Server<'_>| {
+        let client = ends.world.host.inside(|| Ok(TcpStream::connect(address)?))?;
+        let (served, _) = listener.accept()?;
         let (from, to) = match direction {
             Direction::Out => (client, served),
             Direction::In => (served, client),
         };
         streams::measure_pair(from, to, time, || Ok(None))
     };
-    match method {
-        Method::Loopback => {
-            let (client, served) = world.host.inside(|| {
-                let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?;
-                let client = TcpStream::connect(listener.local_addr()?)?;
-                Ok((client, listener.accept()?.0))
-            })?;
-            one_way(client, served)
-        }
-        Method::Veth => {
-            let server = servers.taken(0);
-            let client = world.host.inside(|| Ok(TcpStream::connect(server)?))?;
-            one_way(client, servers.taken.accept()?.0)
-        }
-        Method::Guest => with_guest(world, servers, |guest, served| match direction {
+    let guest = |server| {
+        with_guest(ends, server, |guest, served| match direction {
             Direction::Out => guest_sends(guest, served, time),
             Direction::In => guest_receives(guest, served, time),
-        }),
+        })
+    };
+    match method {
+        Method::Loopback => pair(ends.here),
+        Method::Veth => pair(ends.outside),
+        Method::Guest => guest(ends.outside),
+        Method::GuestOverLoopback => guest(ends.here),
     }
 }
 
