@@ -193,7 +193,11 @@ pub(crate) fn write(report: &Report, path: &Path) -> Result<()> {
 
 fn text(machine: &str, rounds: u32, tables: &[Table]) -> Result<String> {
     let places = places(tables);
-    let mut text = format!("One run on {machine}: medians of up to {rounds} rounds, in ns.");
+    let what = match rounds {
+        1 => "one round".to_owned(),
+        _ => format!("medians of up to {rounds} rounds"),
+    };
+    let mut text = format!("One run on {machine}: {what}, in ns.");
     for place in &places {
         // Writing to a string does not fail.
         let (name, ns) = (place.distance.name(), place.round_trip_ns);
@@ -309,7 +313,8 @@ mod tests {
             | --- | --- | --- |\n\
             | forwarding, 2 / 1,024 interfaces on the network | 34.0 / 33.0 |  |\n";
         assert_eq!(text("a machine", 11, &tables(&[130.0, 540.0]))?, wanted);
-        let near = text("a machine", 11, &tables(&[130.0]))?;
+        let near = text("a machine", 1, &tables(&[130.0]))?;
+        assert!(near.starts_with("One run on a machine: one round, in ns."), "{near}");
         assert!(
             near.contains("| two guests, 1,514 B | 130 / 1,300 | 65.0 / 650 bare loop |\n"),
             "{near}"
