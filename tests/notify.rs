@@ -1,7 +1,9 @@
 //! Waking and sleeping: what wakes a waiting ring, how the descriptor and the wakers behave, and
 //! that no wake-up or processor time is spent without need.
 
+use std::io::{Read, Write};
 use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
@@ -315,6 +317,64 @@ fn what_an_inline_ring_submits_after_arming_signals() {
         let (mut sq, _) = ring.split();
         sq.submit_write(frame, 6).unwrap();
         assert!(readable(&ring, NOW));
+    });
+}
+
+/// Goal: an owner that was woken by its device's descriptor, and has reaped, is awake: what it submits
+/// gives no signal. A wake is not lost for it: the next arming says that there is work.
+#[test]
+fn an_owner_that_has_reaped_signals_itself_no_more() {
+    guarded(|| {
+        let (watched, other) = UnixStream::pair().expect("a socket pair");
+        watched.set_nonblocking(true).unwrap();
+        let watched = Arc::new(watched);
+        let interface = Script::new(move |_, _| {
+            let (watched, of_queue) = (watched.clone(), watched.try_clone().unwrap());
+            ScriptQueue::new(move |io| {
+                // One packet of no bytes for each byte.
+                while io.reads() > 0
+                    && (&*watched).read(&mut [0]).is_ok_and(|count| count == 1)
+                    && let Some(slot) = io.take_read()
+                {
+                    io.complete_read(slot, 0);
+                }
+                take_writes(io);
+                Ok(Progress::Idle)
+            })
+            .descriptor(of_queue.into(), || ())
+        });
+        let interface = interface.start();
+        let mut ring = inline(&interface, Direction::Both).build().unwrap();
+        ring.completion_fd().unwrap();
+        (0..4).for_each(|number| post(&mut ring, number));
+        let (control, bells) = (ring.control(), ring.control().doorbells());
+        for round in 0..3 {
+            stage(format!("round {round}"));
+            eventually("the ring is armed", || {
+                reap(&mut ring);
+                ring.arm()
+            });
+            assert!(!readable(&ring, NOW));
+            (&other).write_all(&[1]).unwrap();
+            assert!(readable(&ring, LONG));
+            let mut reaped = 0;
+            eventually("the packet is there", || {
+                reaped += reap(&mut ring).iter().filter(|done| done.op == RingOp::Read).count();
+                reaped == 1
+            });
+            post(&mut ring, 9);
+            send(&mut ring, 10);
+            assert!(!readable(&ring, NOW), "the owner has woken itself");
+            assert_eq!(control.doorbells(), bells, "the owner has rung for itself");
+            // What was submitted is not forgotten.
+            assert!(!ring.arm(), "there is work");
+        }
+        eventually("the ring is armed", || {
+            reap(&mut ring);
+            ring.arm()
+        });
+        control.wake();
+        assert!(readable(&ring, LONG), "a control handle wakes an owner that is armed");
     });
 }
 

@@ -324,6 +324,9 @@ impl CompletionQueue {
     /// armed, because completions wait already, the engine has work to do, or [`RingControl::wake`]
     /// was called. In this case reap, and then arm again.
     ///
+    /// With `Drive::Inline`, the next call that drives the device, such as [`reap`](Self::reap) or
+    /// [`ready`](Self::ready), ends the arming, because its thread is awake. Arm again before you sleep.
+    ///
     /// A write that skips success gives no signal when it succeeds, with one exception. If a submit
     /// was refused, or no frame was free, the next such success signals as a completion does, or makes
     /// this call return false: submit again. See
@@ -548,11 +551,12 @@ impl CompletionQueue {
     /// over. Returns whether anything was done.
     #[inline]
     fn drive(&mut self) -> bool {
+        if self.engine.is_some() && self.shared.cq_bell.is_armed() {
+            // This thread drives the engine and reaps, so it is awake and needs no signal. If it was
+            // woken by a device's descriptor, nobody has cleared the bells.
+            self.disarm();
+        }
         if let Some(engine) = &mut self.engine {
-            // This thread drives the engine and reaps, so it is awake and needs no signal.
-            if self.shared.cq_bell.is_armed() {
-                self.shared.cq_bell.disarm();
-            }
             return engine.poll_once();
         }
         self.shared.is_closed() && self.take_over()
