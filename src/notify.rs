@@ -14,7 +14,7 @@ use std::time::Duration;
 use vmring_core::doorbell::Park;
 
 use crate::selector::{Selector, Watch};
-use crate::sync::{AtomicBool, Condvar, Mutex, Ordering};
+use crate::sync::{AtomicBool, AtomicU32, Condvar, Mutex, Ordering};
 use crate::sys::{after, lock, now, poll, poll_in};
 
 /// The token of a notifier's own descriptor in a [`Selector`].
@@ -28,12 +28,17 @@ pub(crate) struct Notifier {
     descriptor: OnceLock<Descriptor>,
     /// Whether the next `unpark` must signal the descriptor. Each arming causes at most one signal.
     descriptor_armed: AtomicBool,
+    /// How many signals were begun, and how many the sleeper has read from the descriptor. They wrap.
+    /// While they are equal, the descriptor is empty.
+    signals: [AtomicU32; 2],
 }
 
 #[derive(Default)]
 struct State {
     /// Whether there was an `unpark` that no `park` has consumed.
     token: bool,
+    /// Whether the sleeper waits for `wakeup`.
+    is_parked: bool,
     waker: Option<Waker>,
 }
 
@@ -59,7 +64,13 @@ impl Notifier {
     /// descriptor this does nothing.
     pub(crate) fn arm_descriptor(&self) {
         if let Some(descriptor) = self.descriptor.get() {
-            descriptor.drain();
+            let [begun, read] = &self.signals;
+            // Relaxed, all: a signal is counted before it is given. If the count is not seen here, the
+            // signal may end one sleep without a reason, and the arming after that reads it.
+            let seen = read.load(Ordering::Relaxed);
+            if begun.load(Ordering::Relaxed) != seen {
+                read.store(seen.wrapping_add(descriptor.drain()), Ordering::Relaxed);
+            }
             // Release: pairs with the Acquire in `unpark`, so that the signal comes after the drain
             // and is not emptied by it. (That an `unpark` sees the flag at all is not this
             // ordering's work: the sleeper looks for work after this, behind the fence of
@@ -131,13 +142,14 @@ impl Park for Notifier {
     fn park(&self, timeout: Option<Duration>) {
         let deadline = timeout.map(after);
         let mut state = lock(&self.state);
+        state.is_parked = true;
         while !state.token {
             state = match deadline {
                 None => self.wakeup.wait(state).unwrap_or_else(std::sync::PoisonError::into_inner),
                 Some(deadline) => {
                     let left = deadline.saturating_duration_since(now());
                     if left.is_zero() {
-                        return;
+                        break;
                     }
                     self.wakeup
                         .wait_timeout(state, left)
@@ -146,23 +158,28 @@ impl Park for Notifier {
                 }
             };
         }
-        state.token = false;
+        (state.token, state.is_parked) = (false, false);
     }
 
     fn unpark(&self) {
-        let waker = {
+        let (is_parked, waker) = {
             let mut state = lock(&self.state);
             state.token = true;
-            state.waker.take()
+            (state.is_parked, state.waker.take())
         };
-        // The lock has been released, so that the woken thread does not wait for it.
-        self.wakeup.notify_one();
+        if is_parked {
+            // The lock has been released, so that the woken thread does not wait for it. Without a
+            // thread that waits this would be a system call for nothing.
+            self.wakeup.notify_one();
+        }
         // Acquire: pairs with the Release in `arm_descriptor`, so that the drain there comes before
         // the signal here. The Release half has no partner: only another `unpark` reads the false
         // that is stored here, and it does nothing in that case. Acquire alone would do.
         if self.descriptor_armed.swap(false, Ordering::AcqRel)
             && let Some(descriptor) = self.descriptor.get()
         {
+            // Relaxed: see `arm_descriptor`.
+            self.signals[0].fetch_add(1, Ordering::Relaxed);
             descriptor.signal();
         }
         if let Some(waker) = waker {
@@ -233,10 +250,23 @@ impl Descriptor {
         let _ = end.write(&1_u64.to_ne_bytes());
     }
 
-    fn drain(&self) {
+    /// Empties it, and returns how many signals it had.
+    fn drain(&self) -> u32 {
+        let mut signals = 0;
         // The descriptor is non-blocking: an error or a short read means that nothing is left.
         let mut bytes = [0; 64];
-        while (&self.readable).read(&mut bytes).is_ok_and(|n| n == bytes.len()) {}
+        while let Ok(n) = (&self.readable).read(&mut bytes) {
+            // An eventfd has one number, which counts the signals; a pipe has eight bytes for each.
+            #[cfg(target_os = "linux")]
+            let found = bytes.first_chunk().map_or(0, |count| u64::from_ne_bytes(*count) as u32);
+            #[cfg(not(target_os = "linux"))]
+            let found = (n / size_of::<u64>()) as u32;
+            signals = found.wrapping_add(signals);
+            if n < bytes.len() {
+                break;
+            }
+        }
+        signals
     }
 }
 
@@ -314,6 +344,45 @@ mod tests {
         assert!(readable(&notifier));
         notifier.arm_descriptor();
         assert!(!readable(&notifier), "arming empties it");
+    }
+
+    /// Goal: an arming makes no system call if nothing was signalled, and a signal that comes after the
+    /// arming that should have emptied it does not stay for ever. Method: a signal of nobody's shows
+    /// whether the descriptor was read.
+    #[test]
+    fn arming_reads_only_what_was_signalled() {
+        let notifier = Notifier::default();
+        let readable = |notifier: &Notifier| {
+            let mut polls = [poll_in(notifier.descriptor().unwrap().as_raw_fd())];
+            poll(&mut polls, 0);
+            polls[0].revents != 0
+        };
+        assert!(!readable(&notifier));
+        for _ in 0..3 {
+            notifier.arm_descriptor();
+            notifier.unpark();
+            assert!(readable(&notifier));
+            notifier.arm_descriptor();
+            assert!(!readable(&notifier));
+        }
+        let descriptor = notifier.descriptor.get().expect("made above");
+        descriptor.signal();
+        notifier.arm_descriptor();
+        assert!(readable(&notifier), "it was read although nothing was signalled");
+        assert_eq!(descriptor.drain(), 1);
+
+        // An `unpark` that is stopped between its count and its signal.
+        assert!(notifier.descriptor_armed.swap(false, Ordering::AcqRel));
+        notifier.signals[0].fetch_add(1, Ordering::Relaxed);
+        notifier.arm_descriptor();
+        descriptor.signal();
+        assert!(readable(&notifier));
+        notifier.arm_descriptor();
+        assert!(!readable(&notifier), "it ends every sleep");
+        notifier.unpark();
+        assert!(readable(&notifier), "the arming counts");
+        notifier.arm_descriptor();
+        assert!(!readable(&notifier));
     }
 
     #[test]
