@@ -290,7 +290,7 @@ pub trait Sockets {
 
     /// Sets where the next [`peek`](Self::peek) begins: so many bytes behind the oldest that was not
     /// discarded (`SO_PEEK_OFF`). A peek moves this place forward and a discard moves it back, so that
-    /// it stays at the same byte of the stream.
+    /// it stays at the same byte of the stream. Before the first call, each peek begins at the oldest byte.
     ///
     /// # Errors
     ///

@@ -51,7 +51,7 @@ static ALLOCATOR: Counting = Counting;
 #[derive(Debug)]
 struct Zeros {
     left: usize,
-    peek_at: usize,
+    peek_at: Option<usize>,
     kernel: bool,
     takes: usize,
     /// The sender of datagrams, of how many bytes each, and whether one of the socket's has met an error.
@@ -65,7 +65,7 @@ impl Default for Zeros {
     fn default() -> Self {
         Self {
             left: 0,
-            peek_at: 0,
+            peek_at: None,
             kernel: false,
             takes: 0,
             from: ([192, 0, 2, 1], 53).into(),
@@ -118,17 +118,17 @@ impl Sockets for Zeros {
         Ok(())
     }
     fn set_peek_offset(&mut self, (): &(), offset: u32) -> Result<(), SocketError> {
-        self.peek_at = offset as usize;
+        self.peek_at = Some(offset as usize);
         Ok(())
     }
     fn peek(&mut self, (): &(), into: &mut [IoSliceMut<'_>]) -> Result<usize, SocketError> {
-        let len = self.give(self.peek_at, into)?;
-        self.peek_at += len;
+        let len = self.give(self.peek_at.unwrap_or(0), into)?;
+        self.peek_at = self.peek_at.map(|at| at + len);
         Ok(len)
     }
     fn discard(&mut self, (): &(), len: u32) -> Result<(), SocketError> {
         self.left -= len as usize;
-        self.peek_at -= len as usize;
+        self.peek_at = self.peek_at.map(|at| at - len as usize);
         Ok(())
     }
     fn receive(&mut self, (): &(), into: &mut [IoSliceMut<'_>]) -> Result<usize, SocketError> {
@@ -353,7 +353,7 @@ fn an_idle_flow_costs_512_bytes_at_most() {
             let iss = u32::from_be_bytes(out.frame[at..at + 4].try_into().unwrap()).wrapping_add(1);
             send(&mut nat, &mut out, "P.", 1, iss, 10);
             // One byte for the guest. Sockets that peek have one place for all.
-            (nat.sockets().left, nat.sockets().peek_at) = (1, 0);
+            (nat.sockets().left, nat.sockets().peek_at) = (1, None);
             let readable = Readiness { readable: true, ..Readiness::default() };
             nat.on_ready(token, readable, now, &mut out);
             send(&mut nat, &mut out, ".", 11, iss.wrapping_add(1), 0);

@@ -10,8 +10,19 @@ use crate::sockets::{SocketError, Sockets};
 /// The receive queue of a socket, read through `SO_PEEK_OFF`.
 #[derive(Debug, Default)]
 pub(crate) struct KernelQueue {
-    /// Where the kernel's next peek begins, if that is known.
-    offset: Option<u32>,
+    next_peek: NextPeek,
+}
+
+/// Where the kernel's next peek begins.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum NextPeek {
+    /// At the oldest byte, as long as no offset was set. A flow whose guest acknowledges what the first
+    /// peek has found never needs one.
+    #[default]
+    Oldest,
+    /// So many bytes behind it.
+    Offset(u32),
+    Unknown,
 }
 
 impl<S: Sockets> Retained<S> for KernelQueue {
@@ -27,15 +38,21 @@ impl<S: Sockets> Retained<S> for KernelQueue {
         offset: u32,
         into: &mut [IoSliceMut<'_>],
     ) -> Result<Found, SocketError> {
-        if self.offset != Some(offset) {
-            self.offset = None;
+        let is_there = match self.next_peek {
+            NextPeek::Oldest => offset == 0,
+            next => next == NextPeek::Offset(offset),
+        };
+        if !is_there {
+            self.next_peek = NextPeek::Unknown;
             sockets.set_peek_offset(socket, offset)?;
-            self.offset = Some(offset);
+            self.next_peek = NextPeek::Offset(offset);
         }
         match sockets.peek(socket, into) {
             Ok(0) => Ok(Found::End),
             Ok(len) => {
-                self.offset = Some(offset + len as u32);
+                if self.next_peek != NextPeek::Oldest {
+                    self.next_peek = NextPeek::Offset(offset + len as u32);
+                }
                 Ok(Found::Bytes(len))
             }
             Err(SocketError::WouldBlock) => Ok(Found::Nothing),
@@ -52,7 +69,9 @@ impl<S: Sockets> Retained<S> for KernelQueue {
     ) -> Result<(), SocketError> {
         sockets.discard(socket, len)?;
         // The kernel moves its offset in the same way (`sk_peek_offset_bwd` in include/net/sock.h).
-        self.offset = self.offset.map(|offset| offset.saturating_sub(len));
+        if let NextPeek::Offset(offset) = &mut self.next_peek {
+            *offset = offset.saturating_sub(len);
+        }
         Ok(())
     }
 

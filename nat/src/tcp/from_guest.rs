@@ -348,14 +348,17 @@ impl<T> Flow<T> {
         }
         self.flush_spill(io, memory)?;
         if let Some(socket) = &self.socket {
-            if self.guest_fin && !self.shut && self.spill.is_none() {
-                self.shut = true;
-                io.sockets.shutdown(socket)?;
-            }
             if self.acked > 0 {
                 let acked = core::mem::take(&mut self.acked);
                 self.place.discard(io.sockets, socket, &mut memory.rings, acked)?;
                 self.since_asked = self.since_asked.saturating_add(acked);
+            }
+            if self.guest_fin && !self.shut && self.spill.is_none() {
+                self.shut = true;
+                // If the other direction has ended, the socket is closed now, which says the same.
+                if !self.fin_acked() {
+                    io.sockets.shutdown(socket)?;
+                }
             }
             if self.since_asked >= ASK_AFTER {
                 // The kernel makes the receive buffer larger as bytes are taken out of it.

@@ -152,10 +152,30 @@ impl<T> Flow<T> {
                 return Ok(false);
             }
         };
-        // Fewer than asked for: there are no more now.
-        if all < wanted && !self.reads_short {
-            self.readable = false;
+        let mut after = Ok(());
+        if all < wanted {
+            if !self.reads_short {
+                // Fewer than asked for: there are no more now.
+                self.readable = false;
+            } else if self.fin.is_none() {
+                // What ends behind these bytes is told with them.
+                let mut byte = [0];
+                let mut next = [IoSliceMut::new(&mut byte)];
+                let behind = offset + all as u32;
+                match self.place.copy(io.sockets, socket, &mut memory.rings, behind, &mut next) {
+                    Ok(Found::End) => {
+                        self.readable = false;
+                        self.fin = Some(self.snd_nxt.add(all as u32));
+                    }
+                    Ok(Found::Nothing) => self.readable = false,
+                    Ok(Found::Bytes(_) | Found::NoMemory) => {}
+                    // The guest gets the bytes first.
+                    Err(error) => after = Err(error),
+                }
+            }
         }
+        // FIN takes a place in the window.
+        let fin = self.fin.filter(|_| all < space as usize);
         let shift = self.rcv_shift;
         let window = self.offer(io, memory, shift);
         let mut done = 0;
@@ -163,6 +183,7 @@ impl<T> Flow<T> {
             let data = (all - done).min(frame as usize);
             let mut header = self.data_header(window, mac);
             header.flags.psh = done + data == all;
+            header.flags.fin = fin == Some(self.snd_nxt.add(data as u32));
             let at = index * stride;
             let len = header_len + data;
             let bytes = &mut io.scratch[at..at + len];
@@ -185,8 +206,13 @@ impl<T> Flow<T> {
             self.ack_due = false;
             done += data;
             self.snd_nxt = self.snd_nxt.add(data as u32);
+            if header.flags.fin {
+                self.fin_acks_fin |= self.guest_fin;
+                self.snd_nxt = self.snd_nxt.add(1);
+            }
         }
         self.sent(io.now);
+        after?;
         if done < all {
             // What was read and not sent is read again.
             self.readable = true;

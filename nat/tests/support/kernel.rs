@@ -65,7 +65,8 @@ pub(crate) struct Peer {
     pub(crate) connected: Option<Result<(), SocketError>>,
     /// What the peer has sent and the socket has not given away.
     pub(crate) incoming: VecDeque<u8>,
-    pub(crate) peek_at: usize,
+    /// Where the next peek begins, once that was set.
+    pub(crate) peek_at: Option<usize>,
     pub(crate) ended: bool,
     pub(crate) error: Option<SocketError>,
     /// What the socket has been given.
@@ -223,6 +224,25 @@ impl Kernel {
         self.tell(index, Readiness { readable: true, ..Readiness::default() });
     }
 
+    /// The peer sends FIN behind its last bytes. Both are told of together.
+    pub(crate) fn write_and_finish(&self, index: usize, bytes: &[u8]) {
+        self.with(index, |peer| {
+            assert!(!peer.ended && peer.error.is_none(), "the peer sends no more");
+            peer.incoming.extend(bytes);
+            peer.ended = true;
+        });
+        self.tell(index, Readiness { readable: true, closed: true, ..Readiness::default() });
+    }
+
+    /// The peer sends bytes, and FIN, and then a reset, which is not told of yet.
+    pub(crate) fn write_before_reset(&self, index: usize, bytes: &[u8]) {
+        self.with(index, |peer| {
+            peer.incoming.extend(bytes);
+            peer.error = Some(SocketError::Reset);
+        });
+        self.tell(index, Readiness { readable: true, closed: true, ..Readiness::default() });
+    }
+
     /// The peer sends FIN.
     pub(crate) fn finish(&self, index: usize) {
         self.with(index, |peer| peer.ended = true);
@@ -333,7 +353,7 @@ impl Peer {
             options,
             connected: None,
             incoming: VecDeque::new(),
-            peek_at: 0,
+            peek_at: None,
             ended: false,
             error: None,
             sent: Vec::new(),
@@ -346,6 +366,11 @@ impl Peer {
             unread: 0,
             datagrams: Datagrams::default(),
         }
+    }
+
+    /// Whether the peer has got FIN: by shutdown, or by a close that is no reset.
+    pub(crate) fn got_fin(&self) -> bool {
+        self.shut || self.closed == Some(false)
     }
 
     /// Whether the kernel would say that the socket takes bytes: a third of its buffer is free.
@@ -436,7 +461,7 @@ impl Sockets for Kernel {
 
     fn set_peek_offset(&mut self, socket: &Socket, offset: u32) -> Result<(), SocketError> {
         self.0.borrow_mut().calls.set_peek_offset += 1;
-        self.with(socket.index, |peer| peer.peek_at = offset as usize);
+        self.with(socket.index, |peer| peer.peek_at = Some(offset as usize));
         Ok(())
     }
 
@@ -447,8 +472,8 @@ impl Sockets for Kernel {
             world.most
         };
         self.with(socket.index, |peer| {
-            let len = copy(&peer.incoming, peer.peek_at, most, into);
-            peer.peek_at += len;
+            let len = copy(&peer.incoming, peer.peek_at.unwrap_or(0), most, into);
+            peer.peek_at = peer.peek_at.map(|at| at + len);
             peer.found(len)
         })
     }
@@ -462,7 +487,7 @@ impl Sockets for Kernel {
                 "bytes are discarded that are not there"
             );
             peer.incoming.drain(..len);
-            peer.peek_at = peer.peek_at.saturating_sub(len);
+            peer.peek_at = peer.peek_at.map(|at| at.saturating_sub(len));
         });
         Ok(())
     }

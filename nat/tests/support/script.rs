@@ -352,14 +352,24 @@ impl Script {
                 other => panic!("what is {other}?"),
             }),
             ["peer", "writes", len] => self.peer_writes(number(len)),
+            ["peer", "writes", len, "and", "finishes"] => {
+                let bytes = stream(from_world, self.written, self.written + number(len));
+                self.written += number(len);
+                self.net.kernel.write_and_finish(self.peer(), &bytes);
+            }
+            ["peer", "writes", len, "before", "a", "reset"] => {
+                let bytes = stream(from_world, self.written, self.written + number(len));
+                self.written += number(len);
+                self.net.kernel.write_before_reset(self.peer(), &bytes);
+            }
             ["peer", "finishes"] => self.net.kernel.finish(self.peer()),
             ["peer", "resets"] => self.net.kernel.reset(self.peer()),
             ["peer", "reads", len] => self.net.kernel.read(self.peer(), number(len)),
             ["peer", "got", "fin"] => {
-                assert!(self.net.kernel.with(self.peer(), |peer| peer.shut), "no FIN");
+                assert!(self.net.kernel.with(self.peer(), |peer| peer.got_fin()), "no FIN");
             }
             ["peer", "got", "no", "fin"] => {
-                assert!(!self.net.kernel.with(self.peer(), |peer| peer.shut), "FIN");
+                assert!(!self.net.kernel.with(self.peer(), |peer| peer.got_fin()), "FIN");
             }
             ["peer", "got", "reset"] => {
                 let closed = self.net.kernel.with(self.peer(), |peer| peer.closed);

@@ -17,8 +17,7 @@ fn fin_is_sent_again_with_its_data() {
             > . 1:1001 ack 1
             nothing
             < . 1 ack 1001 win 512
-            > . 1001:1501 ack 1
-            > F. 1501 ack 1
+            > F. 1001:1501 ack 1
             < . 1 ack 1501 win 512
             wait 420
             > F. 1501 ack 1
@@ -28,6 +27,112 @@ fn fin_is_sent_again_with_its_data() {
             nothing
             ",
         );
+    });
+}
+
+/// Goal: an end that is known with the last bytes is told with them, also when they are sent again.
+#[test]
+fn fin_comes_with_the_last_bytes() {
+    each_way(|script| {
+        script.open().run(
+            "
+            peer writes 1500 and finishes
+            > . 1:1001 ack 1
+            > FP. 1001:1501 ack 1
+            wait 420
+            > . 1:1001 ack 1
+            < . 1 ack 1001 win 512
+            > F. 1001:1501 ack 1
+            nothing
+            < . 1 ack 1502 win 512
+            < F. 1 ack 1502 win 512
+            > . 1502 ack 2
+            peer got close
+            wait 61000
+            empty
+            ",
+        );
+    });
+}
+
+/// Goal: FIN does not go with bytes that fill the window, and comes when there is space.
+#[test]
+fn fin_waits_for_space_behind_the_last_bytes() {
+    each_way(|script| {
+        script.open().run(
+            "
+            < . 1 ack 1 win 4
+            peer writes 512 and finishes
+            > . 1:513 ack 1
+            nothing
+            < . 1 ack 513 win 4
+            > F. 513 ack 1
+            < . 1 ack 514 win 4
+            nothing
+            ",
+        );
+    });
+}
+
+/// Goal: bytes that a reset follows reach the guest before the reset does.
+#[test]
+fn a_reset_behind_the_last_bytes_comes_after_them() {
+    each_way(|script| {
+        script.open().run(
+            "
+            peer writes 500 before a reset
+            > . 1:501 ack 1
+            > R. 501 ack 1
+            empty
+            ",
+        );
+    });
+}
+
+/// Goal: a socket whose peer has ended first is closed by one call when the guest ends.
+#[test]
+fn the_second_end_needs_no_shutdown() {
+    each_way(|script| {
+        script.open().run(
+            "
+            < P. 1:101 ack 1 win 512
+            > . 1 ack 101
+            peer writes 500 and finishes
+            > F. 1:501 ack 101
+            < F. 101 ack 502 win 512
+            peer got close
+            > . 502 ack 102
+            wait 61000
+            empty
+            ",
+        );
+        assert!(!script.net.kernel.with(0, |peer| peer.shut), "a shutdown just before the close");
+    });
+}
+
+/// Goal: a flow whose guest acknowledges what was found before more comes needs no peek offset.
+#[test]
+fn acknowledged_answers_need_no_peek_offset() {
+    each_way(|script| {
+        script.open().run(
+            "
+            peer writes 500
+            > . 1:501 ack 1
+            wait 420
+            > . 1:501 ack 1
+            < . 1 ack 501 win 512
+            peer writes 500
+            > . 501:1001 ack 1
+            < . 1 ack 1001 win 512
+            ",
+        );
+        assert_eq!(script.net.kernel.calls().set_peek_offset, 0);
+        // Bytes behind others that are not acknowledged do.
+        let peeks = script.net.kernel.calls().peek > 0;
+        script.run("peer writes 500\n > . 1001:1501 ack 1\n peer writes 500\n > . 1501:2001 ack 1");
+        assert_eq!(script.net.kernel.calls().set_peek_offset, usize::from(peeks));
+        script.run("< . 1 ack 2001 win 512\n peer writes 500\n > . 2001:2501 ack 1");
+        assert_eq!(script.net.kernel.calls().set_peek_offset, usize::from(peeks));
     });
 }
 
@@ -44,8 +149,7 @@ fn fin_needs_little_space() {
             // 512 bytes, of which 500 are the data.
             < . 1 ack 1 win 4
             wait 420
-            > . 1:501 ack 1
-            > F. 501 ack 1
+            > F. 1:501 ack 1
             ",
         );
     });
@@ -280,9 +384,7 @@ fn the_end_is_noted_while_the_window_is_closed() {
             > . 1:257 ack 1
             nothing
             < . 1 ack 257 win 2
-            > . 257:501 ack 1
-            < . 1 ack 501 win 2
-            > F. 501 ack 1
+            > F. 257:501 ack 1
             < . 1 ack 502 win 0
             < F. 1 ack 502 win 0
             > . 502 ack 2
