@@ -226,6 +226,39 @@ fn the_window_follows_the_kernels_buffer() {
     }
 }
 
+/// Goal: a window that is closed opens by a segment or by a quarter of a small buffer, and not by less,
+/// however often the guest asks: a guest that is offered a few bytes sends few bytes (RFC 9293, 3.8.6.2.2).
+#[test]
+fn no_window_is_offered_that_is_not_worth_a_segment() {
+    for (capacity, less, more, window) in [(10_240, 1400, 100, 5), (2048, 510, 2, 2)] {
+        for v6 in [false, true] {
+            let mut script = small(false, capacity, v6);
+            let full = 2 * capacity + 1;
+            script.open().run(&format!(
+                "
+                < P. 1:{full} ack 1 win 512
+                > . 1 ack {full} win 0
+                peer reads {capacity}
+                peer got {}
+                // Less than a segment, and less than a quarter.
+                peer reads {less}
+                < . {} ack 1 win 512
+                > . 1 ack {full} win 0
+                < . {full}:{} ack 1 win 512
+                > . 1 ack {full} win 0
+                peer reads {more}
+                < . {} ack 1 win 512
+                > . 1 ack {full} win {window}
+                ",
+                full - 1,
+                full - 1,
+                full + 1,
+                full - 1,
+            ));
+        }
+    }
+}
+
 /// T5: FIN behind bytes for which there is no space is not taken, and the bytes in front of it are.
 #[test]
 fn fin_behind_the_window_is_not_taken() {
