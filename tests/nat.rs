@@ -339,6 +339,38 @@ fn ports_of_the_host_lead_to_a_guest() {
     });
 }
 
+/// Goal: what a peer sends first to a guest that nobody knows yet, and which says nothing, arrives: the guest is
+/// asked for, and the datagram waits.
+#[test]
+fn the_first_datagram_waits_for_a_silent_guest() {
+    guarded(|| {
+        let control = NatControl::default();
+        let interface = join(&unique("first datagram"), &NatSettings::new(), &control);
+        let address = guest_address(21);
+        let rule: ForwardRule = format!("0={address}:2222,udp").parse().expect("a rule");
+        let at = control.add_forward(&rule).expect("a forward");
+        let peer = UdpSocket::bind((Ipv4Addr::LOCALHOST, 0)).expect("a port");
+        let mut sent = Instant::now();
+        peer.send_to(b"first", at).expect("it goes out");
+        let mut guest = Guest::with_address(interface, address);
+        let socket = guest.udp_at(2222);
+        let mut dropped = 0;
+        guest.until("the first datagram", |guest| {
+            let count = control.report().expect("a report").counters[Counter::NoGuest];
+            if count > dropped {
+                // This machine has stood still for 30 seconds.
+                let waited = sent.elapsed();
+                assert!(waited >= Duration::from_secs(29), "it is dropped after {waited:?}");
+                (sent, dropped) = (Instant::now(), count);
+                peer.send_to(b"first", at).expect("it goes out");
+            }
+            let (bytes, _) = guest.udp(socket).recv().ok()?;
+            assert_eq!(bytes, b"first");
+            Some(())
+        });
+    });
+}
+
 /// Goal: a guest that floods loses its own frames, which are counted, and another guest goes on.
 #[test]
 fn a_guest_that_floods_leaves_the_others_alone() {

@@ -30,7 +30,8 @@ use core::net::{IpAddr, SocketAddr};
 use crate::icmp::Reason;
 use crate::io::Io;
 use crate::limits::{
-    BATCH, DATAGRAM_CHARGE, KEPT_PORT_MIN, MESSAGES, REFUSED_LOOK, SMALL_SOCKET_BUFFER, TURNS,
+    BATCH, DATAGRAM_CHARGE, GUEST_LOOK, KEPT_PORT_MIN, MESSAGES, REFUSED_LOOK, SMALL_SOCKET_BUFFER,
+    TURNS,
 };
 use crate::output::Port;
 use crate::policy::Protocol;
@@ -226,27 +227,35 @@ impl<T> Datagrams<T> {
         }
     }
 
-    /// Reads a socket until it has nothing, its port takes nothing, or others have their turn.
+    /// Reads a socket until it has nothing, its port takes nothing, or others have their turn. What came for
+    /// a guest that nobody knows stays in the socket for a while, whose queue is bounded.
     fn read<S: Sockets<Socket = T>>(&mut self, id: FlowId, failed: bool, io: &mut Io<'_, S>) {
         for _ in 0..TURNS {
             let Some(outlet) = self.outlets.get_mut(id) else { return };
-            let port = outlet.port;
-            // The flows of a forward are those of any port.
-            let space = if outlet.inbound.is_some() { MESSAGES } else { io.out.space(port) };
+            let space = match &mut outlet.inbound {
+                Some(inbound) => {
+                    let is_known = io.sources.resolve(inbound.guest, outlet.v4).is_some();
+                    if inbound.wait.goes_on(is_known, io.now) {
+                        return self.wait(id, io.now + GUEST_LOOK);
+                    }
+                    // The flows of a forward are those of any port.
+                    MESSAGES
+                }
+                None => io.out.space(outlet.port),
+            };
             if space == 0 {
-                if !outlet.waiting {
-                    outlet.waiting = true;
-                    self.port(port).waiting.push_back(id);
-                }
-                if self.retry_at == 0 {
-                    self.retry_at = io.now + REFUSED_LOOK;
-                }
-                return;
+                return self.wait(id, io.now + REFUSED_LOOK);
             }
             match self.receive(id, space.min(MESSAGES), io) {
                 Ok(true) => {}
                 Ok(false) if failed => {}
-                Ok(false) | Err(SocketError::WouldBlock) => return,
+                Ok(false) | Err(SocketError::WouldBlock) => {
+                    let outlet = self.outlets.get_mut(id);
+                    if let Some(inbound) = outlet.and_then(|outlet| outlet.inbound.as_mut()) {
+                        inbound.wait.end();
+                    }
+                    return;
+                }
                 Err(error) => self.take_error(id, error, io),
             }
         }
@@ -256,6 +265,23 @@ impl<T> Datagrams<T> {
             outlet.queued = true;
             self.ready.push_back(id);
         }
+    }
+
+    /// Leaves what a socket has in it, and looks again then at the latest.
+    fn wait(&mut self, id: FlowId, at: u64) {
+        if let Some(outlet) = self.outlets.get_mut(id)
+            && !outlet.waiting
+        {
+            outlet.waiting = true;
+            let (port, is_forward) = (outlet.port, outlet.inbound.is_some());
+            self.waiting(port, is_forward).push_back(id);
+        }
+        self.retry_by(at);
+    }
+
+    /// The sockets that wait are looked at then, or sooner.
+    fn retry_by(&mut self, at: u64) {
+        self.retry_at = if self.retry_at == 0 { at } else { self.retry_at.min(at) };
     }
 
     /// A port takes frames again.
@@ -291,8 +317,15 @@ impl<T> Datagrams<T> {
             for port in 0..self.ports.len() as u32 {
                 self.on_space(Port(port), io);
                 if !self.ports[port as usize].waiting.is_empty() {
-                    self.retry_at = io.now + REFUSED_LOOK;
+                    self.retry_by(io.now + REFUSED_LOOK);
                 }
+            }
+            for _ in 0..self.guestless.len() {
+                let Some(id) = self.guestless.pop_front() else { break };
+                if let Some(outlet) = self.outlets.get_mut(id) {
+                    outlet.waiting = false;
+                }
+                self.read(id, true, io);
             }
         }
     }

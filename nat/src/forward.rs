@@ -4,7 +4,8 @@
 //! if the guest refuses, the peer gets a reset. As long as no guest has the address, connections wait in
 //! the listener's backlog, since the guest may be starting; after a while they get resets.
 //!
-//! A forward of UDP has a socket, which all its flows share.
+//! A forward of UDP has a socket, which all its flows share. Datagrams wait in its receive queue for the
+//! guest, as long as connections do, and are dropped then.
 //!
 //! What is ready is told once, so a forward that cannot go on (its flows are as many as it may have, or
 //! the process has no descriptor left) remembers that and looks again later: it spins on nothing.
@@ -143,6 +144,33 @@ impl fmt::Display for ForwardError {
 
 impl std::error::Error for ForwardError {}
 
+/// How long what has come for a guest waits, because no guest has the address.
+#[derive(Debug, Default)]
+pub(crate) struct GuestWait {
+    /// Since when, in microseconds. 0 is never.
+    since: u64,
+}
+
+impl GuestWait {
+    /// Whether to wait on, now that the guest was looked for. What waits goes on to a guest that is known,
+    /// and is refused after [`GUEST_WAIT`].
+    pub(crate) fn goes_on(&mut self, is_known: bool, now: u64) -> bool {
+        if is_known {
+            self.since = 0;
+            return false;
+        }
+        if self.since == 0 {
+            self.since = now;
+        }
+        now < self.since + GUEST_WAIT
+    }
+
+    /// Nothing is left that waits. What comes next has its own time.
+    pub(crate) fn end(&mut self) {
+        self.since = 0;
+    }
+}
+
 /// What takes connections or datagrams.
 #[derive(Debug)]
 enum Listener<T> {
@@ -161,8 +189,7 @@ struct Forward<T> {
     listener: Listener<T>,
     /// Whether there may be connections in the backlog.
     ready: bool,
-    /// Since when there are some and no guest has the address, in microseconds. 0 is never.
-    waiting_since: u64,
+    wait: GuestWait,
     /// When to look again. 0 is never.
     look_at: u64,
     /// At most so many flows of TCP are open.
@@ -296,7 +323,7 @@ impl<T> Forwards<T> {
             max_flows: rule.max_flows,
             listener,
             ready: false,
-            waiting_since: 0,
+            wait: GuestWait::default(),
             look_at: 0,
             open: 0,
             accepted: 0,
@@ -427,35 +454,30 @@ impl<T> Forward<T> {
                 return 0;
             }
             let guest = io.sources.resolve(self.guest, self.at.is_ipv4());
-            match guest {
-                None if self.waiting_since == 0 => {
-                    self.waiting_since = io.now;
-                    return io.now + GUEST_LOOK;
+            if self.wait.goes_on(guest.is_some(), io.now) {
+                return io.now + GUEST_LOOK;
+            }
+            if let Some((port, ..)) = guest {
+                if self.open >= self.max_flows {
+                    self.open = count(tcp, self.guest, self.guest_port);
                 }
-                None if io.now < self.waiting_since + GUEST_WAIT => return io.now + GUEST_LOOK,
-                None => {}
-                Some((port, ..)) => {
-                    self.waiting_since = 0;
-                    if self.open >= self.max_flows {
-                        self.open = count(tcp, self.guest, self.guest_port);
-                    }
-                    let why = if self.open >= self.max_flows {
-                        Some(Counter::ForwardLimit)
-                    } else if !io.has_descriptor_for(port) {
-                        Some(Counter::DescriptorLimit)
-                    } else {
-                        None
-                    };
-                    if let Some(why) = why {
-                        io.count(port, why);
-                        return io.now + FORWARD_LOOK;
-                    }
+                let why = if self.open >= self.max_flows {
+                    Some(Counter::ForwardLimit)
+                } else if !io.has_descriptor_for(port) {
+                    Some(Counter::DescriptorLimit)
+                } else {
+                    None
+                };
+                if let Some(why) = why {
+                    io.count(port, why);
+                    return io.now + FORWARD_LOOK;
                 }
             }
             let (socket, from) = match io.sockets.accept(listener) {
                 Ok(accepted) => accepted,
                 Err(SocketError::WouldBlock) => {
-                    (self.ready, self.waiting_since) = (false, 0);
+                    self.ready = false;
+                    self.wait.end();
                     return 0;
                 }
                 // The peer has gone in the meantime.

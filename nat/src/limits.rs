@@ -168,7 +168,7 @@ pub const ACCEPTS_AT_ONCE: usize = 16;
 pub const FORWARD_LOOK: u64 = 100_000;
 /// How soon a forward looks again for its guest.
 pub const GUEST_LOOK: u64 = 250_000;
-/// How long connections wait for a guest that has no address yet.
+/// How long connections and datagrams wait for a guest that has no address yet.
 pub const GUEST_WAIT: u64 = 30_000_000;
 
 // Datagrams.

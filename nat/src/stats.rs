@@ -141,8 +141,8 @@ counters! {
     DnsFailed,
     /// A port forward waited, because it has as many flows as it may have.
     ForwardLimit,
-    /// What came for a port forward was dropped or reset, because no guest has its address now. No port
-    /// counts it.
+    /// What came for a port forward was dropped or reset after a time, because no guest had its address. No
+    /// port counts it.
     NoGuest,
     /// A segment belongs to no flow. The guest got a reset.
     NoFlow,

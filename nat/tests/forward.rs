@@ -422,10 +422,6 @@ fn datagrams_come_in_and_answers_go_back() {
         let at = world.add(&world.rule(Protocol::Udp, 5353)).unwrap();
         assert_eq!(at.port(), 5353);
         let (peer, guest) = (world.peer, SocketAddr::new(world.guest, 80));
-        // There is nobody yet.
-        world.net.kernel.datagram(0, peer, b"early", 0);
-        world.net.settle();
-        assert_eq!((world.net.out.frames.len(), world.counted(Counter::NoGuest)), (0, 1));
         world.lease();
         let local: SocketAddr =
             if guest.is_ipv4() { "127.0.0.1:77" } else { "[::1]:77" }.parse().unwrap();
@@ -450,6 +446,88 @@ fn datagrams_come_in_and_answers_go_back() {
         assert!(world.remove(Protocol::Udp, at, false));
         world.net.assert_empty();
     });
+}
+
+/// Datagrams for a guest that nobody knows stay in the socket, and nothing spins. A forward to a guest that
+/// is there goes on. The guest gets them in their order when it is known. After a while they are dropped.
+#[test]
+fn datagrams_wait_for_their_guest_and_not_for_ever() {
+    each(|mut world| {
+        let v6 = world.guest.is_ipv6();
+        let at = world.add(&world.rule(Protocol::Udp, 5353)).unwrap();
+        let there = if v6 { "fd00::3" } else { "192.168.64.3" }.parse().unwrap();
+        assert!(world.net.nat.sources().lease(PORT, GUEST_MAC, there));
+        world.add(&ForwardRule::new(Protocol::Udp, 5354, Guest::Address(there), 80)).unwrap();
+        for n in 0..20 {
+            world.net.kernel.datagram(0, world.peer, &[n; 9], 0);
+            world.net.settle();
+        }
+        world.net.wait(Duration::from_secs(20));
+        assert_eq!(
+            (world.net.kernel.calls().receive_datagrams, world.net.out.frames.len()),
+            (0, 0)
+        );
+        assert!((1..200).contains(&world.net.calls), "{} looks for the guest", world.net.calls);
+        world.net.kernel.datagram(1, world.peer, b"x", 0);
+        world.net.settle();
+        assert_eq!(world.net.out.frames.drain(..).count(), 1, "the other forward goes on");
+        world.lease();
+        world.net.wait(Duration::from_secs(1));
+        let mut receiver = Receiver::default();
+        let (from, to) = (world.peer, SocketAddr::new(world.guest, 80));
+        for n in 0..20 {
+            let (frame, header) = world.net.out.frames.pop_front().unwrap();
+            let got = receiver.take(&frame, &header, &world.net.out.link);
+            assert_eq!(got, [Got::Udp { from, to, data: vec![n; 9] }]);
+        }
+        assert_eq!(world.counted(Counter::NoGuest), 0);
+        // Nobody knows the guest any more. A forward that is removed waits for nothing.
+        world.net.nat.sources().free(world.guest);
+        world.net.kernel.datagram(0, world.peer, b"late", 0);
+        world.net.settle();
+        assert!(world.remove(Protocol::Udp, at, false));
+        world.net.wait(Duration::from_secs(1));
+        world.net.wait(Duration::from_secs(60));
+        assert_eq!((world.net.next, world.net.out.frames.len()), (None, 0));
+
+        let mut world = World::new(v6);
+        world.add(&world.rule(Protocol::Udp, 5353)).unwrap();
+        world.net.kernel.datagram(0, world.peer, b"one", 0);
+        world.net.settle();
+        world.net.wait(Duration::from_secs(15));
+        world.net.kernel.datagram(0, world.peer, b"two", 0);
+        world.net.settle();
+        world.net.wait(Duration::from_secs(14));
+        assert_eq!(world.counted(Counter::NoGuest), 0);
+        world.net.wait(Duration::from_secs(2));
+        assert_eq!(world.counted(Counter::NoGuest), 2);
+        assert_eq!(world.net.next, None, "nothing is to come");
+        // The next one has its own time.
+        world.net.kernel.datagram(0, world.peer, b"next", 0);
+        world.net.settle();
+        world.net.wait(Duration::from_secs(10));
+        world.lease();
+        world.net.wait(Duration::from_secs(1));
+        assert_eq!(world.net.out.frames.len(), 1);
+    });
+}
+
+/// A port that waits until it takes frames is looked at as soon as before, whatever waits for a guest.
+#[test]
+fn who_waits_for_a_guest_does_not_delay_who_waits_for_a_port() {
+    let mut world = World::new(false);
+    world.add(&world.rule(Protocol::Udp, 5353)).unwrap();
+    world.net.kernel.datagram(0, world.peer, b"waits", 0);
+    world.net.settle();
+    world.net.send(&[udp_frame(SocketAddr::new(world.guest, 4000), world.peer, b"x")]);
+    world.net.nat.sources().free(world.guest);
+    world.net.out.space = 0;
+    world.net.kernel.datagram(1, world.peer, b"y", 0);
+    world.net.settle();
+    // Nobody says that there is space.
+    world.net.out.space = usize::MAX;
+    world.net.wait(Duration::from_millis(110));
+    assert_eq!(world.net.out.frames.len(), 1);
 }
 
 /// A guest that sends from a port, which its flow has on the host too, does not keep a forward from it.

@@ -5,6 +5,7 @@ use core::hash::{Hash, Hasher};
 use core::net::{IpAddr, SocketAddr};
 use std::collections::VecDeque;
 
+use crate::forward::GuestWait;
 use crate::limits::{DNS_TIMEOUT, ECHO_TIMEOUT, UDP_STREAM_AFTER, UDP_STREAM_TIMEOUT, UDP_TIMEOUT};
 use crate::output::Port;
 use crate::policy::Protocol;
@@ -137,11 +138,12 @@ pub(crate) struct Inbound {
     /// The most flows at a time.
     pub(crate) most: usize,
     pub(crate) young: Young,
+    pub(crate) wait: GuestWait,
 }
 
 impl Inbound {
     pub(crate) fn new(guest: Guest, guest_port: u16, most: usize) -> Self {
-        Self { guest, guest_port, most, young: Young::default() }
+        Self { guest, guest_port, most, young: Young::default(), wait: GuestWait::default() }
     }
 }
 
@@ -164,7 +166,8 @@ pub(crate) struct Outlet<T> {
     pub(crate) flows: usize,
     /// Where new flows of a port forward go.
     pub(crate) inbound: Option<Box<Inbound>>,
-    /// Whether it is in the list of its port, and in that of those that have more to read.
+    /// Whether it is in the list of its port or in that of those that wait for guests, and in that of those
+    /// that have more to read.
     pub(crate) waiting: bool,
     pub(crate) queued: bool,
 }

@@ -34,10 +34,12 @@ pub(crate) struct Datagrams<T> {
     pub(crate) counts: [usize; 2],
     /// Sockets that have more to read when others have had their turn.
     pub(crate) ready: VecDeque<FlowId>,
+    /// Sockets of port forwards that have something for guests that nobody knows.
+    pub(crate) guestless: VecDeque<FlowId>,
     /// Ports of the host that these sockets have because they are their guests', over IPv4 or over IPv6.
     pub(crate) kept_ports: HashSet<(bool, u16)>,
-    /// When the sockets that wait for a port are read even if nobody says that it takes frames. 0 is
-    /// never.
+    /// When the sockets that wait for a port are read even if nobody says that it takes frames, and those
+    /// that wait for guests. 0 is never.
     pub(crate) retry_at: u64,
     /// Memory that messages are received into. It has none until there is a socket.
     pub(crate) buffer: Vec<u8>,
@@ -64,6 +66,7 @@ impl<T> Datagrams<T> {
             ports: Vec::new(),
             counts: [0; 2],
             ready: VecDeque::new(),
+            guestless: VecDeque::new(),
             kept_ports: HashSet::new(),
             retry_at: 0,
             buffer: Vec::new(),
@@ -83,6 +86,11 @@ impl<T> Datagrams<T> {
             self.ports.resize_with(index + 1, PortFlows::default);
         }
         &mut self.ports[index]
+    }
+
+    /// The list of sockets that wait as one of a port does, or of a port forward.
+    pub(crate) fn waiting(&mut self, port: Port, is_forward: bool) -> &mut VecDeque<FlowId> {
+        if is_forward { &mut self.guestless } else { &mut self.port(port).waiting }
     }
 
     /// The list that a flow is counted in.
@@ -143,7 +151,8 @@ impl<T> Datagrams<T> {
         io: &mut Io<'_, S>,
     ) -> FlowId {
         let (port, kept) = (outlet.port, outlet.kept_port.map(|port| (outlet.v4, port)));
-        if outlet.inbound.is_none() {
+        let is_forward = outlet.inbound.is_some();
+        if !is_forward {
             io.ports.get(port).sockets += 1;
         }
         let Ok(id) = self.outlets.insert(outlet) else { unreachable!("the table has no limit") };
@@ -156,7 +165,7 @@ impl<T> Datagrams<T> {
         }
         // So that the lists do not grow while packets pass.
         let all = self.outlets.len();
-        let waiting = &mut self.port(port).waiting;
+        let waiting = self.waiting(port, is_forward);
         waiting.reserve(all.saturating_sub(waiting.len()));
         self.ready.reserve(all.saturating_sub(self.ready.len()));
         id
@@ -230,7 +239,7 @@ impl<T> Datagrams<T> {
             self.kept_ports.remove(&(outlet.v4, port));
         }
         if outlet.waiting {
-            self.port(outlet.port).waiting.retain(|&other| other != id);
+            self.waiting(outlet.port, outlet.inbound.is_some()).retain(|&other| other != id);
         }
         if outlet.queued {
             self.ready.retain(|&other| other != id);

@@ -51,6 +51,8 @@ pub(crate) struct Net {
     pub(crate) now: Duration,
     /// When the translator wants to be called.
     pub(crate) next: Option<Duration>,
+    /// How often it was called because it wanted to be.
+    pub(crate) calls: usize,
 }
 
 pub(crate) const PORT: Port = Port(3);
@@ -73,7 +75,7 @@ impl Net {
         let now = Duration::from_secs(1000);
         let nat = Nat::new(config, kernel.clone(), now);
         let out = Frames { frames: VecDeque::new(), link, space: usize::MAX, tells: true };
-        Self { nat, kernel, out, now, next: None }
+        Self { nat, kernel, out, now, next: None, calls: 0 }
     }
 
     /// Gives the translator a batch of frames.
@@ -109,6 +111,7 @@ impl Net {
             calls += 1;
             assert!(calls < 100_000, "it spins");
         }
+        self.calls += calls;
         self.now = end;
         self.settle();
     }
