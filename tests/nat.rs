@@ -368,6 +368,10 @@ fn the_first_datagram_waits_for_a_silent_guest() {
             assert_eq!(bytes, b"first");
             Some(())
         });
+        let report = control.report().expect("a report");
+        let [forward] = &report.forwards[..] else { panic!("{:?}", report.forwards) };
+        assert_eq!((forward.accepted, forward.refused), (1, dropped));
+        assert_eq!((forward.carried.datagrams_received, forward.carried.bytes_received), (1, 5));
     });
 }
 

@@ -36,7 +36,7 @@ use crate::limits::{
 use crate::output::Port;
 use crate::policy::Protocol;
 use crate::sockets::{Kind, Readiness, SocketError, Sockets, Token};
-use crate::stats::Counter;
+use crate::stats::{Carried, Counter};
 use crate::table::FlowId;
 
 pub(crate) use flow::Inbound;
@@ -62,6 +62,8 @@ pub struct DatagramFlow {
     pub to: SocketAddr,
     /// Whether both sides have sent for a while.
     pub stream: bool,
+    /// What has gone through it. Echo's messages count with the header of ICMP.
+    pub carried: Carried,
 }
 
 impl<T> Datagrams<T> {
@@ -74,6 +76,7 @@ impl<T> Datagrams<T> {
             remote: flow.key.remote,
             to: flow.to,
             stream: flow.stream,
+            carried: flow.carried,
         })
     }
 

@@ -23,9 +23,9 @@ use crate::limits::{
 use crate::policy::Protocol;
 use crate::policy::sources::Guest;
 use crate::sockets::{Kind, SocketError, Sockets, Token};
-use crate::stats::Counter;
+use crate::stats::{Carried, Counter};
 use crate::table::{FlowId, Keyed, Table};
-use crate::tcp::{self, Tcp};
+use crate::tcp::{self, Forwarded, Tcp};
 
 /// A port forward, or a range of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -94,12 +94,24 @@ pub struct ForwardInfo {
     pub guest: Guest,
     /// The port of the guest.
     pub guest_port: u16,
-    /// How many flows it has. With TCP, flows of another forward to the same port of the guest count too.
+    /// How many flows it has.
     pub flows: usize,
-    /// How many connections of TCP it has let in.
+    /// How many connections of TCP, or flows of UDP, it has let in.
     pub accepted: u64,
-    /// How many connections of TCP got a reset.
+    /// How many connections of TCP got a reset from it, or how many datagrams of UDP were dropped, because
+    /// there was no guest or no space.
     pub refused: u64,
+    /// What has gone through its flows.
+    pub carried: Carried,
+}
+
+/// What a port forward has and has done.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Totals {
+    pub(crate) flows: usize,
+    pub(crate) accepted: u64,
+    pub(crate) refused: u64,
+    pub(crate) carried: Carried,
 }
 
 /// Why a port forward cannot be added.
@@ -181,6 +193,8 @@ enum Listener<T> {
 
 #[derive(Debug)]
 struct Forward<T> {
+    /// What [`Tcp`] knows it by.
+    place: u16,
     protocol: Protocol,
     at: SocketAddr,
     guest: Guest,
@@ -192,8 +206,6 @@ struct Forward<T> {
     wait: GuestWait,
     /// When to look again. 0 is never.
     look_at: u64,
-    /// At most so many flows of TCP are open.
-    open: usize,
     accepted: u64,
     refused: u64,
 }
@@ -240,6 +252,7 @@ impl<T> Forwards<T> {
     pub(crate) fn add<S: Sockets<Socket = T>>(
         &mut self,
         rule: &ForwardRule,
+        tcp: &mut Tcp<T>,
         datagrams: &mut Datagrams<T>,
         io: &mut Io<'_, S>,
     ) -> Result<SocketAddr, ForwardError> {
@@ -257,14 +270,14 @@ impl<T> Forwards<T> {
         }
         let mut first = None;
         for one in ports {
-            match self.add_one(&one, datagrams, io) {
+            match self.add_one(&one, tcp, datagrams, io) {
                 Ok(at) => {
                     first.get_or_insert(at);
                 }
                 Err(error) => {
                     for port in rule.port..one.port {
                         let at = SocketAddr::new(rule.bind, port);
-                        self.remove(rule.protocol, at, datagrams, io);
+                        self.remove(rule.protocol, at, tcp, datagrams, io);
                     }
                     return Err(error);
                 }
@@ -276,6 +289,7 @@ impl<T> Forwards<T> {
     fn add_one<S: Sockets<Socket = T>>(
         &mut self,
         rule: &ForwardRule,
+        tcp: &mut Tcp<T>,
         datagrams: &mut Datagrams<T>,
         io: &mut Io<'_, S>,
     ) -> Result<SocketAddr, ForwardError> {
@@ -315,7 +329,10 @@ impl<T> Forwards<T> {
             let (id, at) = opened.map_err(refused)?;
             (Listener::Udp(id), at)
         };
+        const { assert!(FORWARDS < u16::MAX as usize) };
+        let place = self.forwards.next_id().index as u16 + 1;
         let forward = Forward {
+            place,
             protocol: rule.protocol,
             at,
             guest: rule.guest,
@@ -325,11 +342,13 @@ impl<T> Forwards<T> {
             ready: false,
             wait: GuestWait::default(),
             look_at: 0,
-            open: 0,
             accepted: 0,
             refused: 0,
         };
         self.forwards.insert(forward).map_err(|_| ForwardError::TooMany)?;
+        if rule.protocol == Protocol::Tcp {
+            tcp.add_forward(place);
+        }
         Ok(at)
     }
 
@@ -339,13 +358,17 @@ impl<T> Forwards<T> {
         &mut self,
         protocol: Protocol,
         at: SocketAddr,
+        tcp: &mut Tcp<T>,
         datagrams: &mut Datagrams<T>,
         io: &mut Io<'_, S>,
     ) -> Option<(Guest, u16)> {
         let id = self.forwards.find(&(protocol, at))?;
         let forward = self.forwards.remove(id)?;
         match forward.listener {
-            Listener::Tcp(_) => io.ports.other_descriptors -= 1,
+            Listener::Tcp(_) => {
+                io.ports.other_descriptors -= 1;
+                tcp.remove_forward(forward.place);
+            }
             Listener::Udp(id) => datagrams.remove_forward(id, io),
         }
         Some((forward.guest, forward.guest_port))
@@ -354,13 +377,14 @@ impl<T> Forwards<T> {
     /// Removes all forwards.
     pub(crate) fn close<S: Sockets<Socket = T>>(
         &mut self,
+        tcp: &mut Tcp<T>,
         datagrams: &mut Datagrams<T>,
         io: &mut Io<'_, S>,
     ) {
         for index in 0..self.forwards.places() as u32 {
             let found = self.forwards.at(index).and_then(|id| self.forwards.peek(id));
             if let Some((protocol, at)) = found.map(Keyed::key) {
-                self.remove(protocol, at, datagrams, io);
+                self.remove(protocol, at, tcp, datagrams, io);
             }
         }
     }
@@ -371,18 +395,19 @@ impl<T> Forwards<T> {
         tcp: &'a Tcp<T>,
         datagrams: &'a Datagrams<T>,
     ) -> impl Iterator<Item = ForwardInfo> + 'a {
-        self.forwards.iter().map(|forward| ForwardInfo {
-            protocol: forward.protocol,
-            at: forward.at,
-            guest: forward.guest,
-            guest_port: forward.guest_port,
-            flows: match forward.listener {
-                // The last guest is remembered by its flows only.
-                Listener::Tcp(_) => forward.open.min(count(tcp, forward.guest, forward.guest_port)),
-                Listener::Udp(id) => datagrams.forward_flows(id),
-            },
-            accepted: forward.accepted,
-            refused: forward.refused,
+        let forwarded = tcp.forwarded();
+        self.forwards.iter().map(move |forward| {
+            let totals = match forward.listener {
+                Listener::Tcp(_) => {
+                    let Forwarded { flows, carried } = forwarded[usize::from(forward.place)];
+                    let (accepted, refused) = (forward.accepted, forward.refused);
+                    Totals { flows, accepted, refused, carried }
+                }
+                Listener::Udp(id) => datagrams.forward_totals(id),
+            };
+            let Totals { flows, accepted, refused, carried } = totals;
+            let Forward { protocol, at, guest, guest_port, .. } = *forward;
+            ForwardInfo { protocol, at, guest, guest_port, flows, accepted, refused, carried }
         })
     }
 
@@ -435,16 +460,6 @@ impl<T> Forwards<T> {
     }
 }
 
-/// How many flows of TCP go to a port of a guest.
-fn count<T>(tcp: &Tcp<T>, guest: Guest, guest_port: u16) -> usize {
-    let is_one = |info: &tcp::FlowInfo| match guest {
-        Guest::Address(address) => info.guest == SocketAddr::new(address, guest_port),
-        // Whose it was is not known any more, so other guests' are counted too.
-        Guest::Mac(_) => info.guest.port() == guest_port,
-    };
-    tcp.infos().filter(is_one).count()
-}
-
 impl<T> Forward<T> {
     /// Takes connections from the backlog, and returns when to look again, or 0.
     fn take<S: Sockets<Socket = T>>(&mut self, tcp: &mut Tcp<T>, io: &mut Io<'_, S>) -> u64 {
@@ -458,10 +473,7 @@ impl<T> Forward<T> {
                 return io.now + GUEST_LOOK;
             }
             if let Some((port, ..)) = guest {
-                if self.open >= self.max_flows {
-                    self.open = count(tcp, self.guest, self.guest_port);
-                }
-                let why = if self.open >= self.max_flows {
+                let why = if tcp.forward_flows(self.place) >= self.max_flows {
                     Some(Counter::ForwardLimit)
                 } else if !io.has_descriptor_for(port) {
                     Some(Counter::DescriptorLimit)
@@ -500,11 +512,8 @@ impl<T> Forward<T> {
             };
             let seen = io.seen_source(from, address);
             let key = tcp::key(port, SocketAddr::new(address, self.guest_port), seen);
-            match tcp.accept(socket, from, key, mac, io) {
-                Ok(()) => {
-                    self.open += 1;
-                    self.accepted += 1;
-                }
+            match tcp.accept(socket, from, (key, mac), self.place, io) {
+                Ok(()) => self.accepted += 1,
                 Err(_) => self.refused += 1,
             }
             io.ports.tcp_descriptors = tcp.usage().1;

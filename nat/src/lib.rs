@@ -118,5 +118,5 @@ pub use sockets::{
     Capabilities, ConnectOptions, DatagramError, Incoming, Outgoing, Readiness, Route, SendSpace,
     SocketError, Sockets, Token,
 };
-pub use stats::{Counter, Counters};
+pub use stats::{Carried, Counter, Counters};
 pub use tcp::FlowInfo;

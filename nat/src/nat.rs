@@ -345,7 +345,7 @@ impl<S: Sockets> Nat<S> {
         out: &mut dyn Output,
     ) -> Result<(), Counter> {
         let (Flows { tcp, .. }, mut io) = self.parts(now, out);
-        tcp.accept(socket, from, tcp::key(port, guest.0, source), guest.1, &mut io)
+        tcp.accept(socket, from, (tcp::key(port, guest.0, source), guest.1), 0, &mut io)
     }
 
     /// Ends the flows of a port that has left the network. Their peers get resets. The port's number
@@ -375,8 +375,8 @@ impl<S: Sockets> Nat<S> {
         now: Duration,
         out: &mut dyn Output,
     ) -> Result<SocketAddr, ForwardError> {
-        let (Flows { datagrams, forwards, .. }, mut io) = self.parts(now, out);
-        forwards.add(rule, datagrams, &mut io)
+        let (Flows { tcp, datagrams, forwards }, mut io) = self.parts(now, out);
+        forwards.add(rule, tcp, datagrams, &mut io)
     }
 
     /// Removes the forward of a port at an address of the host. Connections of TCP that have come through
@@ -390,7 +390,7 @@ impl<S: Sockets> Nat<S> {
         out: &mut dyn Output,
     ) -> bool {
         let (Flows { tcp, datagrams, forwards }, mut io) = self.parts(now, out);
-        let Some((guest, port)) = forwards.remove(protocol, at, datagrams, &mut io) else {
+        let Some((guest, port)) = forwards.remove(protocol, at, tcp, datagrams, &mut io) else {
             return false;
         };
         if cut && protocol == Protocol::Tcp {
@@ -432,7 +432,7 @@ impl<S: Sockets> Nat<S> {
     pub fn close(&mut self, now: Duration, out: &mut dyn Output) {
         let (Flows { tcp, datagrams, forwards }, mut io) = self.parts(now, out);
         tcp.close(None, true, &mut io);
-        forwards.close(datagrams, &mut io);
+        forwards.close(tcp, datagrams, &mut io);
         datagrams.close(None, &mut io);
     }
 

@@ -186,6 +186,14 @@ impl Incoming {
         to: None,
         segment: 0,
     };
+
+    /// How many datagrams these are.
+    pub(crate) fn datagrams(&self) -> u64 {
+        match usize::from(self.segment) {
+            0 => 1,
+            segment => self.len.div_ceil(segment).max(1) as u64,
+        }
+    }
 }
 
 /// An error that a datagram has met on its way (`IP_RECVERR`).

@@ -231,6 +231,30 @@ counters! {
     SmallBuffers,
 }
 
+/// What has gone through a flow, or through all flows of a port forward.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Carried {
+    /// Bytes of the guest that the host's socket has taken.
+    pub bytes_sent: u64,
+    /// Bytes for the guest: with TCP those that it has acknowledged, else those that its port has taken.
+    pub bytes_received: u64,
+    /// Datagrams of the guest that the host's socket has taken. TCP has none.
+    pub datagrams_sent: u64,
+    /// Datagrams that the guest's port has taken.
+    pub datagrams_received: u64,
+}
+
+impl Carried {
+    /// Adds what has gone through another flow.
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.bytes_sent += other.bytes_sent;
+        self.bytes_received += other.bytes_received;
+        self.datagrams_sent += other.datagrams_sent;
+        self.datagrams_received += other.datagrams_received;
+    }
+}
+
 /// The value of each [`Counter`].
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Counters([u64; Counter::ALL.len()]);

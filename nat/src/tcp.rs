@@ -32,7 +32,7 @@ use crate::output::Port;
 use crate::packet::Datagram;
 use crate::policy::{Protocol, is_source};
 use crate::sockets::{Capabilities, ConnectOptions, Kind, Readiness, Sockets, Token};
-use crate::stats::Counter;
+use crate::stats::{Carried, Counter};
 use crate::table::{FlowId, Table};
 use crate::wheel::Wheel;
 
@@ -59,10 +59,8 @@ pub struct FlowInfo {
     pub to: SocketAddr,
     /// Whether the handshake is complete.
     pub established: bool,
-    /// Bytes of the guest that the host's socket has taken.
-    pub sent: u64,
-    /// Bytes for the guest that it has acknowledged.
-    pub received: u64,
+    /// What has gone through it.
+    pub carried: Carried,
 }
 
 /// The flows of TCP.
@@ -77,6 +75,16 @@ pub(crate) struct Tcp<T> {
     waiting: Vec<VecDeque<FlowId>>,
     /// How many flows have no socket.
     lingering: usize,
+    /// What each port forward has, by its place.
+    forwards: Vec<Forwarded>,
+}
+
+/// What a port forward has.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Forwarded {
+    pub(crate) flows: usize,
+    /// What has gone through it: while flows are open, what went through those that are not.
+    pub(crate) carried: Carried,
 }
 
 /// The segments of one batch. Those of one flow are a chain, in order.
@@ -132,6 +140,7 @@ impl<T> Tcp<T> {
             ready: VecDeque::new(),
             waiting: Vec::new(),
             lingering: 0,
+            forwards: Vec::new(),
         }
     }
 
@@ -143,9 +152,42 @@ impl<T> Tcp<T> {
             remote: flow.key.remote.into(),
             to: flow.to.into(),
             established: flow.phase == Phase::Open,
-            sent: flow.sent,
-            received: flow.received,
+            carried: flow.carried(),
         })
+    }
+
+    /// Adds a port forward, which nothing has gone through.
+    pub(crate) fn add_forward(&mut self, place: u16) {
+        let place = usize::from(place);
+        if place >= self.forwards.len() {
+            self.forwards.resize_with(place + 1, Forwarded::default);
+        }
+        self.forwards[place] = Forwarded::default();
+    }
+
+    /// Forgets a port forward. Its flows stay, and are no forward's.
+    pub(crate) fn remove_forward(&mut self, place: u16) {
+        for index in 0..self.flows.places() as u32 {
+            if let Some(flow) = self.flows.at(index).and_then(|id| self.flows.get_mut(id))
+                && flow.forward == place
+            {
+                flow.forward = 0;
+            }
+        }
+    }
+
+    /// How many flows a port forward has.
+    pub(crate) fn forward_flows(&self, place: u16) -> usize {
+        self.forwards.get(usize::from(place)).map_or(0, |forward| forward.flows)
+    }
+
+    /// What the port forwards have, by their places, with what has gone through flows that are open.
+    pub(crate) fn forwarded(&self) -> Vec<Forwarded> {
+        let mut all = self.forwards.clone();
+        for flow in self.flows.iter().filter(|flow| flow.forward != 0 && flow.counts()) {
+            all[usize::from(flow.forward)].carried.add(&flow.carried());
+        }
+        all
     }
 
     /// What the sockets may cost the kernel, in bytes.
@@ -324,7 +366,7 @@ impl<T> Tcp<T> {
     }
 
     /// Opens a flow for a peer that has connected to the host: the guest gets SYN from `remote`, which
-    /// is where the guest's answers go.
+    /// is where the guest's answers go. `forward` is the place of the port forward, or 0.
     ///
     /// # Errors
     ///
@@ -333,8 +375,8 @@ impl<T> Tcp<T> {
         &mut self,
         socket: T,
         from: SocketAddr,
-        key: Key,
-        mac: [u8; 6],
+        (key, mac): (Key, [u8; 6]),
+        forward: u16,
         io: &mut Io<'_, S>,
     ) -> Result<(), Counter> {
         // A flow that only waits for late segments makes way, as it does for a guest's SYN.
@@ -359,8 +401,12 @@ impl<T> Tcp<T> {
             return Err(why);
         }
         let place = Flow::<T>::place_for(key.port, from, &self.memory, io.config.rings_only);
-        let flow = Flow::accepted(key, from, mac, (socket, token), place, io, &mut self.memory);
+        let mut flow = Flow::accepted(key, from, mac, (socket, token), place, io, &mut self.memory);
+        flow.forward = forward;
         if let Some(id) = self.insert(flow, io) {
+            if forward != 0 {
+                self.forwards[usize::from(forward)].flows += 1;
+            }
             self.with(id, io, |flow, io, memory| flow.finish(&Run::new(), io, memory));
         }
         Ok(())
@@ -459,6 +505,11 @@ impl<T> Tcp<T> {
         io.ports.flows -= less.0;
         io.ports.half_open -= less.1;
         if before.0 && !after.0 {
+            if flow.forward != 0 {
+                let forward = &mut self.forwards[usize::from(flow.forward)];
+                forward.flows -= 1;
+                forward.carried.add(&flow.carried());
+            }
             if flow.phase != Phase::Closed && self.lingering == TIME_WAIT_FLOWS {
                 flow.phase = Phase::Closed;
             }

@@ -438,9 +438,16 @@ fn datagrams_come_in_and_answers_go_back() {
             assert_eq!((&sent[0].bytes[..], sent[0].route.unwrap().to), (&b"answer"[..], from));
         }
         assert_eq!((world.infos()[0].flows, world.net.kernel.len()), (2, 1));
+        let carried = world.infos()[0].carried;
+        assert_eq!((carried.datagrams_received, carried.bytes_received), (2, 16));
+        assert_eq!((carried.datagrams_sent, carried.bytes_sent), (2, 12));
+        let flows: Vec<_> = world.net.nat.datagram_flows().map(|flow| flow.carried).collect();
+        assert!(flows.len() == 2 && flows.iter().all(|one| one.bytes_received == 8), "{flows:?}");
         // The socket stays when the flows end.
         world.net.wait(Duration::from_secs(40));
-        assert_eq!((world.infos()[0].flows, world.net.kernel.open()), (0, 1));
+        let info = world.infos()[0];
+        assert_eq!((info.flows, world.net.kernel.open()), (0, 1));
+        assert_eq!((info.accepted, info.refused, info.carried), (2, 0, carried));
         world.net.kernel.datagram(0, peer, b"x", 0);
         world.net.settle();
         assert!(world.remove(Protocol::Udp, at, false));
@@ -495,12 +502,13 @@ fn datagrams_wait_for_their_guest_and_not_for_ever() {
         world.net.kernel.datagram(0, world.peer, b"one", 0);
         world.net.settle();
         world.net.wait(Duration::from_secs(15));
-        world.net.kernel.datagram(0, world.peer, b"two", 0);
+        // Three datagrams that the system has put together.
+        world.net.kernel.datagram(0, world.peer, b"sevenby", 3);
         world.net.settle();
         world.net.wait(Duration::from_secs(14));
-        assert_eq!(world.counted(Counter::NoGuest), 0);
+        assert_eq!((world.counted(Counter::NoGuest), world.infos()[0].refused), (0, 0));
         world.net.wait(Duration::from_secs(2));
-        assert_eq!(world.counted(Counter::NoGuest), 2);
+        assert_eq!((world.counted(Counter::NoGuest), world.infos()[0].refused), (4, 4));
         assert_eq!(world.net.next, None, "nothing is to come");
         // The next one has its own time.
         world.net.kernel.datagram(0, world.peer, b"next", 0);
@@ -509,6 +517,7 @@ fn datagrams_wait_for_their_guest_and_not_for_ever() {
         world.lease();
         world.net.wait(Duration::from_secs(1));
         assert_eq!(world.net.out.frames.len(), 1);
+        assert_eq!((world.infos()[0].accepted, world.infos()[0].refused), (1, 4));
     });
 }
 
@@ -528,6 +537,71 @@ fn who_waits_for_a_guest_does_not_delay_who_waits_for_a_port() {
     world.net.out.space = usize::MAX;
     world.net.wait(Duration::from_millis(110));
     assert_eq!(world.net.out.frames.len(), 1);
+}
+
+/// What has gone through a forward is listed, also of flows that have ended, and of its own flows only.
+#[test]
+fn a_forward_lists_what_it_has_carried() {
+    let mut world = World::new(false);
+    world.lease();
+    let at = world.add(&world.rule(Protocol::Tcp, 8080)).unwrap();
+    let other = world.add(&world.rule(Protocol::Tcp, 8081)).unwrap();
+    world.knock(0, world.peer);
+    let (syn, from, _) = world.segments().remove(0);
+    world.answer(&syn, from, "S.");
+    world.net.kernel.write(2, b"hello");
+    world.net.settle();
+    let to = SocketAddr::new(world.guest, 80);
+    let said = |flags: &str, seq, data: &[u8]| {
+        let (flags, data, ack) = (flags.into(), data.to_vec(), syn.seq.wrapping_add(6));
+        Segment { flags, seq, ack, data, window: 65_000, ..Segment::default() }.frame(to, from)
+    };
+    world.net.send(&[said(".", 701, b"hi!")]);
+    let info = |world: &World, at| *world.infos().iter().find(|info| info.at == at).unwrap();
+    let bytes = |info: &ForwardInfo| (info.carried.bytes_sent, info.carried.bytes_received);
+    let open = info(&world, at);
+    assert_eq!((open.flows, open.accepted, bytes(&open)), (1, 1, (3, 5)));
+    assert_eq!((open.carried.datagrams_sent, open.carried.datagrams_received), (0, 0));
+    let idle = info(&world, other);
+    assert_eq!((idle.flows, idle.accepted, bytes(&idle)), (0, 0, (0, 0)));
+    // The guest ends the flow.
+    world.net.send(&[said("R.", 704, b"")]);
+    let ended = info(&world, at);
+    assert_eq!((ended.flows, ended.accepted, bytes(&ended)), (0, 1, (3, 5)));
+    // Another forward in its place has its own numbers, and a flow that outlives its forward is nobody's.
+    world.segments();
+    world.knock(0, SocketAddr::new(world.peer.ip(), 5001));
+    assert_eq!(info(&world, at).flows, 1);
+    assert!(world.remove(Protocol::Tcp, at, false));
+    world.add(&world.rule(Protocol::Tcp, 8080)).unwrap();
+    let anew = info(&world, at);
+    assert_eq!((anew.flows, anew.accepted, bytes(&anew)), (0, 0, (0, 0)));
+    world.net.kernel.reset(3);
+    world.net.settle();
+    assert_eq!(info(&world, at).flows, 0);
+}
+
+/// What a forward of UDP did not let in is told apart: its own limit, and a port that takes nothing.
+#[test]
+fn a_forward_of_udp_lists_what_it_has_refused() {
+    let mut world = World::new(false);
+    world.lease();
+    let mut rule = world.rule(Protocol::Udp, 5353);
+    rule.max_flows = 0;
+    world.add(&rule).unwrap();
+    world.add(&world.rule(Protocol::Udp, 5354)).unwrap();
+    world.net.kernel.datagram(0, world.peer, b"no place", 0);
+    world.net.settle();
+    world.net.out.space = 0;
+    world.net.kernel.datagram(1, world.peer, b"no space", 0);
+    world.net.settle();
+    let mut infos = world.infos();
+    infos.sort_by_key(|info| info.at);
+    let told: Vec<_> =
+        infos.iter().map(|one| (one.accepted, one.refused, one.carried.bytes_received)).collect();
+    assert_eq!(told, [(0, 1, 0), (1, 1, 0)]);
+    let counted = [Counter::FlowLimit, Counter::DatagramRefused].map(|one| world.counted(one));
+    assert_eq!(counted, [1, 1]);
 }
 
 /// A guest that sends from a port, which its flow has on the host too, does not keep a forward from it.

@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 
 use serde::Serialize;
 use vmring::MacAddr6;
-use vmring::device::embedded::nat::{Guest, NatReport, Protocol};
+use vmring::device::embedded::nat::{Carried, Guest, NatReport, Protocol};
 
 use crate::report::{Table, bytes, grouped};
 
@@ -29,10 +29,8 @@ struct Flow {
     to: SocketAddr,
     /// Whether the handshake of TCP is complete, or both sides have sent.
     established: bool,
-    /// Bytes of the guest that the host's socket has taken, with TCP.
-    bytes_from_guest: Option<u64>,
-    /// Bytes that the guest has acknowledged, with TCP.
-    bytes_to_guest: Option<u64>,
+    #[serde(flatten)]
+    moved: Moved,
 }
 
 #[derive(Debug, Serialize)]
@@ -44,6 +42,31 @@ struct Forward {
     flows: usize,
     accepted: u64,
     refused: u64,
+    #[serde(flatten)]
+    moved: Moved,
+}
+
+/// What has gone through a flow or a forward. TCP has no datagrams.
+#[derive(Debug, Serialize)]
+struct Moved {
+    /// What the host's socket has taken.
+    bytes_from_guest: u64,
+    /// What the guest has acknowledged, or its port has taken.
+    bytes_to_guest: u64,
+    datagrams_from_guest: Option<u64>,
+    datagrams_to_guest: Option<u64>,
+}
+
+impl Moved {
+    fn of(protocol: Protocol, carried: &Carried) -> Self {
+        let datagrams = |n| (protocol != Protocol::Tcp).then_some(n);
+        Self {
+            bytes_from_guest: carried.bytes_sent,
+            bytes_to_guest: carried.bytes_received,
+            datagrams_from_guest: datagrams(carried.datagrams_sent),
+            datagrams_to_guest: datagrams(carried.datagrams_received),
+        }
+    }
 }
 
 impl WayOut {
@@ -54,8 +77,7 @@ impl WayOut {
             remote: flow.remote,
             to: flow.to,
             established: flow.established,
-            bytes_from_guest: Some(flow.sent),
-            bytes_to_guest: Some(flow.received),
+            moved: Moved::of(Protocol::Tcp, &flow.carried),
         });
         let others = report.datagram_flows.iter().map(|flow| Flow {
             protocol: flow.protocol.to_string(),
@@ -63,8 +85,7 @@ impl WayOut {
             remote: flow.remote,
             to: flow.to,
             established: flow.stream,
-            bytes_from_guest: None,
-            bytes_to_guest: None,
+            moved: Moved::of(flow.protocol, &flow.carried),
         });
         let flows = tcp.chain(others).collect();
         let forwards = report.forwards.iter().map(|forward| Forward {
@@ -78,6 +99,7 @@ impl WayOut {
             flows: forward.flows,
             accepted: forward.accepted,
             refused: forward.refused,
+            moved: Moved::of(forward.protocol, &forward.carried),
         });
         let forwards = forwards.collect();
         Self { flows, forwards, descriptors: report.descriptors }
@@ -89,7 +111,8 @@ impl WayOut {
         let mut text = String::new();
         if !self.forwards.is_empty() {
             text.push_str("\nPort forwards\n");
-            let mut table = Table::new(&["at", "to", "flows", "accepted", "refused"]);
+            let mut table =
+                Table::new(&["at", "to", "flows", "accepted", "refused", "from guest", "to guest"]);
             for one in &self.forwards {
                 table.row([
                     format!("{} {}", one.protocol, one.at),
@@ -97,6 +120,8 @@ impl WayOut {
                     grouped(one.flows as u64),
                     grouped(one.accepted),
                     grouped(one.refused),
+                    bytes(one.moved.bytes_from_guest),
+                    bytes(one.moved.bytes_to_guest),
                 ]);
             }
             text.push_str(&table.text());
@@ -107,13 +132,12 @@ impl WayOut {
                 grouped(self.flows.len() as u64)
             ));
             let mut table = Table::new(&["guest", "remote", "from guest", "to guest"]);
-            let moved = |n: Option<u64>| n.map_or_else(String::new, bytes);
             for one in self.flows.iter().take(PAGE) {
                 table.row([
                     format!("{} {}", one.protocol, one.guest),
                     one.remote.to_string(),
-                    moved(one.bytes_from_guest),
-                    moved(one.bytes_to_guest),
+                    bytes(one.moved.bytes_from_guest),
+                    bytes(one.moved.bytes_to_guest),
                 ]);
             }
             text.push_str(&table.text());

@@ -10,6 +10,7 @@ use crate::limits::{DNS_TIMEOUT, ECHO_TIMEOUT, UDP_STREAM_AFTER, UDP_STREAM_TIME
 use crate::output::Port;
 use crate::policy::Protocol;
 use crate::policy::sources::Guest;
+use crate::stats::Carried;
 use crate::table::{FlowId, Keyed};
 
 /// What a flow is found by: both addresses are as the guest sees them.
@@ -67,6 +68,7 @@ pub(crate) struct Flow {
     pub(crate) dns: bool,
     /// How many of these wait for an answer, or were not answered.
     pub(crate) queries: u32,
+    pub(crate) carried: Carried,
     /// In microseconds.
     pub(crate) opened_at: u64,
     pub(crate) used_at: u64,
@@ -87,6 +89,7 @@ impl Flow {
             stream: false,
             dns: false,
             queries: 0,
+            carried: Carried::default(),
             opened_at: now,
             used_at: now,
         }
@@ -139,11 +142,26 @@ pub(crate) struct Inbound {
     pub(crate) most: usize,
     pub(crate) young: Young,
     pub(crate) wait: GuestWait,
+    /// How many flows were let in.
+    pub(crate) accepted: u64,
+    /// How many datagrams were dropped.
+    pub(crate) refused: u64,
+    /// What has gone through flows that have ended.
+    pub(crate) carried: Carried,
 }
 
 impl Inbound {
     pub(crate) fn new(guest: Guest, guest_port: u16, most: usize) -> Self {
-        Self { guest, guest_port, most, young: Young::default(), wait: GuestWait::default() }
+        Self {
+            guest,
+            guest_port,
+            most,
+            young: Young::default(),
+            wait: GuestWait::default(),
+            accepted: 0,
+            refused: 0,
+            carried: Carried::default(),
+        }
     }
 }
 

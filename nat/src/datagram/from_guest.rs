@@ -254,6 +254,21 @@ impl<T> Datagrams<T> {
         }
     }
 
+    /// Counts datagrams that the flow's socket has taken.
+    fn sent<S: Sockets<Socket = T>>(
+        &mut self,
+        id: FlowId,
+        counter: Counter,
+        len: usize,
+        count: u64,
+        io: &mut Io<'_, S>,
+    ) {
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        flow.carried.bytes_sent += len as u64;
+        flow.carried.datagrams_sent += count;
+        io.ports.count_n(flow.key.port, counter, count);
+    }
+
     /// Makes the calls, and empties the list.
     fn transmit<S: Sockets<Socket = T>>(
         &mut self,
@@ -284,9 +299,11 @@ impl<T> Datagrams<T> {
             };
             match io.sockets.send_datagrams(&outlet.socket, route, rest) {
                 Ok(n) => {
-                    let n = n.clamp(1, rest.len());
-                    io.ports.count_n(port, sent, rest[..n].iter().map(datagrams).sum());
-                    rest = &rest[n..];
+                    let (taken, later) = rest.split_at(n.clamp(1, rest.len()));
+                    let count = taken.iter().map(datagrams).sum();
+                    let bytes = taken.iter().map(bytes).sum();
+                    self.sent(id, sent, bytes, count, io);
+                    rest = later;
                     again = true;
                 }
                 Err(SocketError::WouldBlock | SocketError::NoMemory) => {
@@ -304,9 +321,13 @@ impl<T> Datagrams<T> {
                         for datagram in part.chunks(first.segment.into()) {
                             let parts = &[IoSlice::new(datagram)];
                             let outgoing = Outgoing { parts, segment: 0 };
+                            let Some(outlet) = self.outlets.get_mut(outlet_id) else { return };
                             let result =
                                 io.sockets.send_datagrams(&outlet.socket, route, &[outgoing]);
-                            io.count(port, if result.is_ok() { sent } else { lost });
+                            match result {
+                                Ok(_) => self.sent(id, sent, datagram.len(), 1, io),
+                                Err(_) => io.count(port, lost),
+                            }
                             count += 1;
                         }
                     }
@@ -332,13 +353,15 @@ impl<T> Datagrams<T> {
     }
 }
 
+/// How many bytes a message has.
+fn bytes(outgoing: &Outgoing<'_>) -> usize {
+    outgoing.parts.iter().map(|part| part.len()).sum()
+}
+
 /// How many datagrams a message is.
 fn datagrams(outgoing: &Outgoing<'_>) -> u64 {
     match usize::from(outgoing.segment) {
         0 => 1,
-        segment => {
-            let len: usize = outgoing.parts.iter().map(|part| part.len()).sum();
-            len.div_ceil(segment) as u64
-        }
+        segment => bytes(outgoing).div_ceil(segment) as u64,
     }
 }

@@ -4,6 +4,7 @@ use core::net::SocketAddr;
 use std::collections::{HashSet, VecDeque};
 
 use crate::datagram::flow::{Flow, Inbound, Key, Outlet, OutletKey, Young};
+use crate::forward::Totals;
 use crate::io::Io;
 use crate::limits::{HEADROOM, MESSAGE_LEN, MESSAGES};
 use crate::output::Port;
@@ -223,6 +224,9 @@ impl<T> Datagrams<T> {
         }
         if let Some(outlet) = self.outlets.get_mut(flow.outlet) {
             outlet.flows -= 1;
+            if let Some(inbound) = &mut outlet.inbound {
+                inbound.carried.add(&flow.carried);
+            }
             if outlet.flows == 0 && outlet.inbound.is_none() {
                 self.close_outlet(flow.outlet, io);
             }
@@ -278,9 +282,17 @@ impl<T> Datagrams<T> {
         self.close_outlet(id, io);
     }
 
-    /// How many flows a port forward has.
-    pub(crate) fn forward_flows(&self, id: FlowId) -> usize {
-        self.outlets.peek(id).map_or(0, |outlet| outlet.flows)
+    /// How many flows a port forward has, how many it has let in, how many datagrams it has not, and what it
+    /// has carried.
+    pub(crate) fn forward_totals(&self, id: FlowId) -> Totals {
+        let Some(outlet) = self.outlets.peek(id) else { return Totals::default() };
+        let Some(inbound) = &outlet.inbound else { return Totals::default() };
+        let mut carried = inbound.carried;
+        for flow in self.flows.iter().filter(|flow| flow.outlet == id) {
+            carried.add(&flow.carried);
+        }
+        let (accepted, refused) = (inbound.accepted, inbound.refused);
+        Totals { flows: outlet.flows, accepted, refused, carried }
     }
 
     pub(crate) fn remove_where<S: Sockets<Socket = T>>(

@@ -63,8 +63,14 @@ impl<T> Datagrams<T> {
                     asking = Some(flow);
                 }
                 Ok(flow) => self.deliver(flow, piece, incoming, io),
-                Err(Some((key, why))) => io.count(key.port, why),
-                Err(None) => io.ports.counters.add(Counter::NoGuest, 1),
+                Err(refused) => {
+                    let count = incoming.datagrams();
+                    match refused {
+                        Some((key, why)) => io.ports.count_n(key.port, why, count),
+                        None => io.ports.counters.add(Counter::NoGuest, count),
+                    }
+                    self.count_refused(id, count);
+                }
             }
         }
         self.buffer = buffer;
@@ -75,6 +81,14 @@ impl<T> Datagrams<T> {
             self.remove(id, io);
         }
         Ok(got == found.len())
+    }
+
+    /// Counts datagrams that a port forward has not let in, if the socket is one's.
+    fn count_refused(&mut self, id: FlowId, count: u64) {
+        let outlet = self.outlets.get_mut(id);
+        if let Some(inbound) = outlet.and_then(|outlet| outlet.inbound.as_mut()) {
+            inbound.refused += count;
+        }
     }
 
     /// The flow of a message. A port forward's may be new.
@@ -107,6 +121,11 @@ impl<T> Datagrams<T> {
                     let mut flow = Flow::new(key, incoming.from, mac, id, io.now);
                     (flow.inbound, flow.from) = (true, incoming.to);
                     self.insert(flow, Some(id), io);
+                    if let Some(inbound) =
+                        self.outlets.get_mut(id).and_then(|outlet| outlet.inbound.as_mut())
+                    {
+                        inbound.accepted += 1;
+                    }
                 }
                 (key, incoming.from)
             }
@@ -150,33 +169,55 @@ impl<T> Datagrams<T> {
             let start = HEADROOM + way.skip_ip_header(&piece[HEADROOM..end]);
             let sent = way.send_echo(piece, start, end, &mut self.fragment_id, io);
             match sent {
-                Ok(true) => io.count(key.port, Counter::EchoReceived),
+                Ok(true) => self.delivered(id, Counter::EchoReceived, end - start, 1, io),
                 Ok(false) => io.count(key.port, Counter::IcmpType),
-                Err(Full) => io.count(key.port, Counter::DatagramRefused),
+                Err(Full) => self.refused(id, 1, io),
             }
             return;
         }
         let segment = usize::from(incoming.segment);
         if segment > 0 && incoming.len > segment && way.takes(segment, incoming.len) {
-            let count = incoming.len.div_ceil(segment) as u64;
-            let sent = way.send_udp(piece, HEADROOM, end, incoming.segment, &mut 0, io);
-            let counter =
-                if sent.is_ok() { Counter::UdpReceived } else { Counter::DatagramRefused };
-            return io.ports.count_n(key.port, counter, count);
+            let count = incoming.datagrams();
+            return match way.send_udp(piece, HEADROOM, end, incoming.segment, &mut 0, io) {
+                Ok(()) => self.delivered(id, Counter::UdpReceived, incoming.len, count, io),
+                Err(Full) => self.refused(id, count, io),
+            };
         }
         let step = if segment > 0 { segment } else { incoming.len.max(1) };
         let mut start = HEADROOM;
         loop {
             let next = (start + step).min(end);
-            let sent = way.send_udp(piece, start, next, 0, &mut self.fragment_id, io);
-            let counter =
-                if sent.is_ok() { Counter::UdpReceived } else { Counter::DatagramRefused };
-            io.count(key.port, counter);
+            match way.send_udp(piece, start, next, 0, &mut self.fragment_id, io) {
+                Ok(()) => self.delivered(id, Counter::UdpReceived, next - start, 1, io),
+                Err(Full) => self.refused(id, 1, io),
+            }
             start = next;
             if start == end {
                 return;
             }
         }
+    }
+
+    /// Counts datagrams that a guest's port has taken.
+    fn delivered<S: Sockets<Socket = T>>(
+        &mut self,
+        id: FlowId,
+        counter: Counter,
+        len: usize,
+        count: u64,
+        io: &mut Io<'_, S>,
+    ) {
+        let Some(flow) = self.flows.get_mut(id) else { return };
+        flow.carried.bytes_received += len as u64;
+        flow.carried.datagrams_received += count;
+        io.ports.count_n(flow.key.port, counter, count);
+    }
+
+    /// Counts datagrams that a guest's port has not taken.
+    fn refused<S: Sockets<Socket = T>>(&mut self, id: FlowId, count: u64, io: &mut Io<'_, S>) {
+        let Some(flow) = self.flows.peek(id) else { return };
+        io.ports.count_n(flow.key.port, Counter::DatagramRefused, count);
+        self.count_refused(flow.outlet, count);
     }
 }
 

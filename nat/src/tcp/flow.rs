@@ -22,7 +22,7 @@ use crate::retained::place::Place;
 use crate::retained::ring::Ring;
 use crate::seq::Seq;
 use crate::sockets::{SendSpace, SocketError, Sockets, Token};
-use crate::stats::Counter;
+use crate::stats::{Carried, Counter};
 use crate::table::Keyed;
 use crate::tcp::memory::Memory;
 use crate::tcp::segment::{CONTROL_LEN, Flags, Header, Key, Segment, SynOptions};
@@ -101,6 +101,8 @@ pub(crate) struct Flow<T> {
     /// The last segment was sent again, and nothing has been acknowledged since.
     pub(crate) probed: bool,
     pub(crate) mss: u16,
+    /// The place of the port forward that it has come through, from 1 on, or 0.
+    pub(crate) forward: u16,
     /// The guest's windows are in units of 2 to this power.
     pub(crate) snd_shift: u8,
     /// The windows that the guest is offered are in units of 2 to this power.
@@ -215,6 +217,7 @@ impl<T> Flow<T> {
             dup_acks: 0,
             probed: false,
             mss: MIN_MSS,
+            forward: 0,
             snd_shift: 0,
             rcv_shift: 0,
             sent: 0,
@@ -242,6 +245,11 @@ impl<T> Flow<T> {
             waiting: false,
             refused: false,
         }
+    }
+
+    /// What has gone through the flow.
+    pub(crate) fn carried(&self) -> Carried {
+        Carried { bytes_sent: self.sent, bytes_received: self.received, ..Carried::default() }
     }
 
     /// Whether the handshake is not complete.

@@ -83,7 +83,8 @@ mod worker;
 pub use control::NatControl;
 pub use settings::NatSettings;
 pub use vmring_nat::{
-    Counter, Counters, DatagramFlow, FlowInfo, ForwardInfo, ForwardRule, ForwardRuleError, Guest,
-    HostAccess, HostPort, Limits, PortLimits, Prefix, PrefixError, Protocol, Rule, RuleError,
+    Carried, Counter, Counters, DatagramFlow, FlowInfo, ForwardInfo, ForwardRule, ForwardRuleError,
+    Guest, HostAccess, HostPort, Limits, PortLimits, Prefix, PrefixError, Protocol, Rule,
+    RuleError,
 };
 pub use worker::NatReport;
