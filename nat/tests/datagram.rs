@@ -853,3 +853,144 @@ fn a_syn_of_a_traceroute_shows_its_hop() {
         assert_eq!(quoted_ports(&got), [(guest.port() ^ 1, peer.port())]);
     });
 }
+
+/// What the system refuses when a flow is opened is counted by its reason, and the guest is told.
+#[test]
+fn refusals_of_the_system_are_told_apart() {
+    use SocketError as E;
+    let (net, host, prohibited) = ([(3, 0), (1, 0)], [(3, 1), (1, 3)], [(3, 13), (1, 1)]);
+    for (error, counter, told) in [
+        (E::NetworkUnreachable, Counter::ConnectUnreachable, net),
+        (E::HostUnreachable, Counter::ConnectUnreachable, host),
+        (E::TimedOut, Counter::ConnectTimedOut, host),
+        (E::Denied, Counter::ConnectDenied, prohibited),
+        (E::NoDescriptor, Counter::NoDescriptor, host),
+        (E::NoMemory, Counter::NoMemory, host),
+        (E::NoAddress, Counter::NoPort, host),
+        (E::Other(7), Counter::OtherError, host),
+    ] {
+        for v6 in [false, true] {
+            let mut pair = Pair::new(v6);
+            pair.net.kernel.0.borrow_mut().failure = Some(error);
+            pair.send(b"x");
+            let got = pair.got();
+            let [Got::Icmp { kind, code, .. }] = &got[..] else { panic!("{error:?}: {got:?}") };
+            assert_eq!((*kind, *code), told[usize::from(v6)], "{error:?}");
+            assert_eq!((pair.counted(counter), pair.flows()), (1, 0), "{error:?}");
+            // It succeeds later.
+            pair.net.kernel.0.borrow_mut().failure = None;
+            pair.send(b"x");
+            assert_eq!((pair.counted(Counter::UdpOpened), pair.flows()), (1, 1));
+        }
+    }
+}
+
+/// An error quotes as much as fits into the least MTU (RFC 1812, 4.3.2.3; RFC 4443, 2.4 c), and a link-local
+/// source is told that it leads nowhere from its link. No error is about an error or a redirect.
+#[test]
+fn errors_have_their_form() {
+    for (v6, peer, len) in
+        [(false, "169.254.169.254:53", 576 - 20), (true, "[fd00::99]:53", 1280 - 40)]
+    {
+        let mut pair = Pair::new(v6);
+        pair.peer = peer.parse().unwrap();
+        pair.send(&[7; 1400]);
+        let got = pair.got();
+        let [Got::Icmp { message, .. }] = &got[..] else { panic!("{got:?}") };
+        assert_eq!(message.len(), len);
+        // A message that gets an error, and others of ICMP, which do not.
+        let (at, hops) = if v6 { (54, 21) } else { (34, 22) };
+        let kinds: &[u8] = if v6 { &[128, 1, 127, 137] } else { &[8, 3, 4, 5, 11, 12] };
+        for &kind in kinds {
+            let mut frame = echo_request(pair.guest.ip(), Pair::new(v6).peer.ip(), 1, 1, b"x");
+            (frame[at], frame[hops]) = (kind, 1);
+            if !v6 {
+                Ipv4Packet::new_unchecked(&mut frame[14..]).fill_checksum();
+            }
+            pair.net.send(&[frame]);
+            assert_eq!(pair.got().len(), usize::from(kind == kinds[0]), "{kind}");
+        }
+    }
+    let mut pair = Pair::new(true);
+    pair.guest = "[fe80::5]:4000".parse().unwrap();
+    pair.send(b"x");
+    assert!(matches!(&pair.got()[..], [Got::Icmp { kind: 1, code: 2, .. }]));
+}
+
+/// All errors that a socket has are told with its readiness, and each once.
+#[test]
+fn each_error_is_told_once() {
+    each(|mut pair| {
+        pair.send(b"x");
+        let icmp = Some(if pair.guest.is_ipv4() { (3, 1) } else { (1, 3) });
+        let error = DatagramError { icmp, offender: None, to: pair.peer, quoted: 0 };
+        for _ in 0..2 {
+            let errors = |p: &mut crate::support::kernel::Peer| {
+                p.datagrams.errors.push_back((error, b"x".into()));
+            };
+            pair.net.kernel.with(0, errors);
+        }
+        pair.net.kernel.datagram_error(0, error, b"x");
+        pair.net.settle();
+        assert_eq!((pair.got().len(), pair.counted(Counter::ErrorsPassed)), (3, 3));
+        // A call that fails because of an error tells of it, and the error is no second one.
+        pair.net.kernel.with(0, |p| {
+            p.datagrams.errors.push_back((error, b"x".into()));
+            p.datagrams.failures.push_back(SocketError::HostUnreachable);
+        });
+        pair.send(b"y");
+        assert_eq!((pair.got().len(), pair.counted(Counter::ConnectUnreachable)), (1, 0));
+    });
+}
+
+/// A socket that has more than one turn takes is read to its end, although it says so once.
+#[test]
+fn a_full_socket_is_read_to_its_end() {
+    let mut pair = Pair::new(false);
+    pair.send(b"x");
+    for _ in 0..2 {
+        let one = vmring_nat::Incoming { len: 1, from: pair.peer, segment: 0, to: None };
+        pair.net.kernel.with(0, |p| {
+            p.datagrams.incoming.extend((0..2000).map(|_| (one, vec![7])));
+        });
+        pair.reply(0, pair.peer, b"y");
+        assert_eq!(pair.got().len(), 2001);
+    }
+}
+
+/// A port that takes nothing for long is looked at again and again, and a port of the host that a flow has
+/// given back is kept again.
+#[test]
+fn a_port_is_looked_at_until_it_takes_frames() {
+    each(|mut pair| {
+        pair.send(b"x");
+        pair.net.out.space = 0;
+        pair.reply(0, pair.peer, b"y");
+        pair.net.wait(Duration::from_secs(1));
+        pair.net.out.space = usize::MAX;
+        pair.net.wait(Duration::from_millis(200));
+        assert_eq!(pair.got().len(), 1);
+        pair.net.wait(Duration::from_secs(130));
+        assert_eq!(pair.flows(), 0);
+        pair.send(b"x");
+        assert_eq!(pair.net.kernel.with(1, |peer| peer.datagrams.port), 4000);
+    });
+}
+
+/// Each fragmented datagram has an identification of its own, and may be cut further on its way. When one
+/// fragment is refused, the others are worth nothing.
+#[test]
+fn fragments_belong_to_their_datagram() {
+    let mut pair = Pair::new(false);
+    pair.send(b"x");
+    for _ in 0..2 {
+        pair.reply(0, pair.peer, &[1; 2000]);
+    }
+    let frames: Vec<_> = pair.net.out.frames.drain(..).map(|(frame, _)| frame).collect();
+    let ids: Vec<_> = frames.iter().map(|frame| [frame[18], frame[19]]).collect();
+    assert!(ids.len() == 4 && ids[0] == ids[1] && ids[2] == ids[3] && ids[1] != ids[2], "{ids:?}");
+    assert!(frames.iter().all(|frame| frame[20] & 0x40 == 0), "do not fragment");
+    (pair.net.out.tells, pair.net.out.space) = (false, 1);
+    pair.reply(0, pair.peer, &[1; 9000]);
+    assert_eq!((pair.counted(Counter::OutputFull), pair.counted(Counter::DatagramRefused)), (1, 1));
+}

@@ -492,6 +492,8 @@ fn datagrams_wait_for_their_guest_and_not_for_ever() {
         world.net.nat.sources().free(world.guest);
         world.net.kernel.datagram(0, world.peer, b"late", 0);
         world.net.settle();
+        world.net.wait(Duration::from_secs(25));
+        assert_eq!(world.counted(Counter::NoGuest), 0, "it has its own time");
         assert!(world.remove(Protocol::Udp, at, false));
         world.net.wait(Duration::from_secs(1));
         world.net.wait(Duration::from_secs(60));
@@ -532,6 +534,8 @@ fn who_waits_for_a_guest_does_not_delay_who_waits_for_a_port() {
     world.net.nat.sources().free(world.guest);
     world.net.out.space = 0;
     world.net.kernel.datagram(1, world.peer, b"y", 0);
+    world.net.settle();
+    world.net.kernel.datagram(0, world.peer, b"waits, too", 0);
     world.net.settle();
     // Nobody says that there is space.
     world.net.out.space = usize::MAX;
@@ -595,13 +599,52 @@ fn a_forward_of_udp_lists_what_it_has_refused() {
     world.net.out.space = 0;
     world.net.kernel.datagram(1, world.peer, b"no space", 0);
     world.net.settle();
+    world.net.out.space = usize::MAX;
+    world.add(&world.rule(Protocol::Udp, 5355)).unwrap();
+    world.net.kernel.datagram(2, SocketAddr::new(world.peer.ip(), 5001), b"taken", 0);
+    world.net.settle();
     let mut infos = world.infos();
     infos.sort_by_key(|info| info.at);
     let told: Vec<_> =
         infos.iter().map(|one| (one.accepted, one.refused, one.carried.bytes_received)).collect();
-    assert_eq!(told, [(0, 1, 0), (1, 1, 0)]);
+    assert_eq!(told, [(0, 1, 0), (1, 1, 0), (1, 0, 5)]);
     let counted = [Counter::FlowLimit, Counter::DatagramRefused].map(|one| world.counted(one));
     assert_eq!(counted, [1, 1]);
+}
+
+/// A guest answers from the address that the peer has sent to, and hears of the errors that its answers meet.
+/// A forward that cannot be added costs no flow of another. The process's last descriptor is no forward's.
+#[test]
+fn a_forward_of_udp_answers_from_its_address() {
+    let mut limits = config(false);
+    limits.limits.descriptors = 1;
+    let mut world = World::with(limits, false);
+    world.lease();
+    world.add(&world.rule(Protocol::Udp, 5353)).unwrap();
+    assert_eq!(world.add(&world.rule(Protocol::Udp, 5354)), Err(ForwardError::NoDescriptor));
+    assert_eq!(world.add(&world.rule(Protocol::Tcp, 5354)), Err(ForwardError::NoDescriptor));
+    let (peer, here) = (world.peer, IpAddr::from([198, 51, 100, 7]));
+    let incoming = vmring_nat::Incoming { len: 1, from: peer, segment: 0, to: Some(here) };
+    world.net.kernel.with(0, |p| p.datagrams.incoming.push_back((incoming, b"x".into())));
+    world.net.kernel.datagram(0, peer, b"y", 0);
+    world.net.settle();
+    let guest = SocketAddr::new(world.guest, 80);
+    world.net.send(&[udp_frame(guest, peer, b"answer")]);
+    assert_eq!(world.net.kernel.sent(0)[0].route.unwrap().from, Some(here));
+    world.net.out.frames.clear();
+    let error =
+        vmring_nat::DatagramError { icmp: Some((3, 3)), offender: None, to: peer, quoted: 0 };
+    world.net.kernel.datagram_error(0, error, b"answer");
+    world.net.settle();
+    assert_eq!((world.net.out.frames.len(), world.counted(Counter::ErrorsPassed)), (1, 1));
+    let mut world = World::new(false);
+    world.lease();
+    world.add(&world.rule(Protocol::Udp, 5353)).unwrap();
+    world.net.kernel.datagram(0, peer, b"x", 0);
+    world.net.settle();
+    world.net.kernel.0.borrow_mut().ports_in_use.push(80);
+    assert_eq!(world.add(&world.rule(Protocol::Udp, 80)), Err(ForwardError::InUse(80)));
+    assert_eq!(world.infos()[0].flows, 1);
 }
 
 /// A guest that sends from a port, which its flow has on the host too, does not keep a forward from it.
