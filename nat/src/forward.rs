@@ -17,15 +17,14 @@ use core::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use crate::datagram::{Datagrams, Inbound};
 use crate::io::Io;
-use crate::limits::{
-    ACCEPTS_AT_ONCE, BACKLOG, FORWARD_FLOWS, FORWARD_LOOK, FORWARDS, GUEST_LOOK, GUEST_WAIT,
-};
+use crate::limits::{ACCEPTS_AT_ONCE, BACKLOG, FORWARD_FLOWS, FORWARD_LOOK, FORWARDS, GUEST_LOOK};
 use crate::policy::Protocol;
 use crate::policy::sources::Guest;
 use crate::sockets::{Kind, SocketError, Sockets, Token};
-use crate::stats::{Carried, Counter};
+use crate::stats::{Carried, Counter, Totals};
 use crate::table::{FlowId, Keyed, Table};
 use crate::tcp::{self, Forwarded, Tcp};
+use crate::wait::GuestWait;
 
 /// A port forward, or a range of them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,15 +104,6 @@ pub struct ForwardInfo {
     pub carried: Carried,
 }
 
-/// What a port forward has and has done.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Totals {
-    pub(crate) flows: usize,
-    pub(crate) accepted: u64,
-    pub(crate) refused: u64,
-    pub(crate) carried: Carried,
-}
-
 /// Why a port forward cannot be added.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -155,33 +145,6 @@ impl fmt::Display for ForwardError {
 }
 
 impl std::error::Error for ForwardError {}
-
-/// How long what has come for a guest waits, because no guest has the address.
-#[derive(Debug, Default)]
-pub(crate) struct GuestWait {
-    /// Since when, in microseconds. 0 is never.
-    since: u64,
-}
-
-impl GuestWait {
-    /// Whether to wait on, now that the guest was looked for. What waits goes on to a guest that is known,
-    /// and is refused after [`GUEST_WAIT`].
-    pub(crate) fn goes_on(&mut self, is_known: bool, now: u64) -> bool {
-        if is_known {
-            self.since = 0;
-            return false;
-        }
-        if self.since == 0 {
-            self.since = now;
-        }
-        now < self.since + GUEST_WAIT
-    }
-
-    /// Nothing is left that waits. What comes next has its own time.
-    pub(crate) fn end(&mut self) {
-        self.since = 0;
-    }
-}
 
 /// What takes connections or datagrams.
 #[derive(Debug)]

@@ -100,6 +100,7 @@ pub mod sys;
 mod table;
 mod tcp;
 mod turns;
+mod wait;
 mod wheel;
 
 pub use config::{Limits, NatConfig, PortLimits};

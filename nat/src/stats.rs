@@ -255,6 +255,15 @@ impl Carried {
     }
 }
 
+/// What a port forward has and has done.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Totals {
+    pub(crate) flows: usize,
+    pub(crate) accepted: u64,
+    pub(crate) refused: u64,
+    pub(crate) carried: Carried,
+}
+
 /// The value of each [`Counter`].
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Counters([u64; Counter::ALL.len()]);

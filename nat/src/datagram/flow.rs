@@ -5,13 +5,13 @@ use core::hash::{Hash, Hasher};
 use core::net::{IpAddr, SocketAddr};
 use std::collections::VecDeque;
 
-use crate::forward::GuestWait;
 use crate::limits::{DNS_TIMEOUT, ECHO_TIMEOUT, UDP_STREAM_AFTER, UDP_STREAM_TIMEOUT, UDP_TIMEOUT};
 use crate::output::Port;
 use crate::policy::Protocol;
 use crate::policy::sources::Guest;
 use crate::stats::Carried;
 use crate::table::{FlowId, Keyed};
+use crate::wait::GuestWait;
 
 /// What a flow is found by: both addresses are as the guest sees them.
 #[derive(Clone, Copy, PartialEq, Eq)]

@@ -4,13 +4,12 @@ use core::net::SocketAddr;
 use std::collections::{HashSet, VecDeque};
 
 use crate::datagram::flow::{Flow, Inbound, Key, Outlet, OutletKey, Young};
-use crate::forward::Totals;
 use crate::io::Io;
 use crate::limits::{HEADROOM, MESSAGE_LEN, MESSAGES};
 use crate::output::Port;
 use crate::policy::Protocol;
 use crate::sockets::{Capabilities, Kind, SocketError, Sockets, Token};
-use crate::stats::Counter;
+use crate::stats::{Counter, Totals};
 use crate::table::{FlowId, Table};
 use crate::wheel::Wheel;
 
