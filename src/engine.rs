@@ -421,7 +421,9 @@ impl Engine {
         match result {
             Ok(Ok(progress)) => {
                 // The device was offered these entries too, although it did not look at them.
-                self.take_submissions();
+                if self.sq_consumer.known() > 0 {
+                    self.take_submissions();
+                }
                 // Not below 0, because a device may also put back slots that it took in an earlier
                 // call.
                 let taken = taken[1].max(0) as usize;

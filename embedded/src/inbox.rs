@@ -118,7 +118,7 @@ use vmring_core::offload::{self, OffloadHeader};
 use vmring_core::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, Ordering, UnsafeCell, spin_loop};
 use vmring_core::view::ETHERNET_HEADER_LEN;
 
-use vmring_core::prefetch_for_writing;
+use vmring_core::{prefetch_for_writing, prefetch_line_for_writing};
 
 use crate::limits::{
     ASKED_AHEAD, GROUP_MAX, LONG_PACKET, MAX_INBOX_CELLS, SHORT_LOOKS, SHORT_PACKET, STATES_AT_ONCE,
@@ -1327,7 +1327,7 @@ impl<'a, B: PacketBuffer> Claim<'a, B> {
             self.hand_over_at_once(states.get(next), next, len);
             // One line holds the shortest frames. A receiver that is far has read it, so it takes long to come.
             if self.left() > 1 {
-                inbox.ask_for(self.next.wrapping_add(1), 1);
+                ask_for_line(ptrs.get(self.next.wrapping_add(1)));
             }
             (next, bytes) = (self.next, bytes + short.len() as u64);
             frame = frames.next();
@@ -1456,6 +1456,18 @@ unsafe fn copy_bytes(frame: &[u8], to: *mut u8) {
     unsafe { to.copy_from_nonoverlapping(frame.as_ptr(), frame.len()) };
 }
 
+/// Asks for the first cache line of a posted buffer that is about to be filled. The caller owns the cell.
+#[inline(always)]
+fn ask_for_line(ptr: &UnsafeCell<*mut u8>) {
+    ptr.with(|ptr| {
+        // SAFETY: invariant 1: the caller owns the cell.
+        let ptr = unsafe { *ptr };
+        if !ptr.is_null() {
+            prefetch_line_for_writing(ptr);
+        }
+    });
+}
+
 /// Takes the buffer out of a cell that is the collector's, who calls this.
 #[inline(always)]
 fn take_from<B>(cell: &UnsafeCell<Option<B>>, ptr: &UnsafeCell<*mut u8>) -> Option<B> {
@@ -1538,6 +1550,20 @@ struct Short {
     dropped: u64,
 }
 
+/// An index of a collector that a loop moves on. It is stored when this is dropped, and so after a panic
+/// too.
+struct Advancing<'a> {
+    index: &'a mut u32,
+    next: u32,
+}
+
+impl Drop for Advancing<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        *self.index = self.next;
+    }
+}
+
 impl<B: PacketBuffer> fmt::Debug for Collector<B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Collector").field("posted", &self.posted()).finish_non_exhaustive()
@@ -1604,32 +1630,32 @@ impl<B: PacketBuffer> Collector<B> {
     pub fn stage_all(&mut self, mut next: impl FnMut() -> Option<B>) -> Result<(), B> {
         let Self { inbox, collected, posted, kinds, .. } = self;
         let inbox = &**inbox;
-        let (cells, ptrs, least_bytes) =
-            (inbox.buffer_cells(), inbox.buffer_ptrs(), inbox.least_bytes);
+        let (cells, ptrs) = (inbox.buffer_cells(), inbox.buffer_ptrs());
+        // Beside guests' buffers, each needs what `stage_other` does.
+        let least_bytes = |kinds: &Kinds| match kinds.has_guests {
+            true => usize::MAX,
+            false => inbox.least_bytes,
+        };
+        let mut least = least_bytes(kinds);
         let end = collected.wrapping_add(inbox.buffer_ptrs.len() as u32);
-        let mut index = *posted;
-        while index != end
+        let mut at = Advancing { next: *posted, index: posted };
+        while at.next != end
             && let Some(buffer) = next()
         {
+            let index = at.next;
             let ptr = cells.get(index).with_mut(|cell| {
                 // SAFETY: invariant 4: only the collector uses the buffer cells, and `&mut self` is it.
                 let cell = unsafe { &mut *cell };
                 // The cell is empty, so `forget` leaks nothing.
                 core::mem::forget(cell.replace(buffer));
-                cell.as_mut().and_then(|buffer| checked_ptr(buffer, least_bytes))
+                cell.as_mut().and_then(|buffer| checked_ptr(buffer, least))
             });
             match ptr {
-                Some(ptr) => {
-                    store_buffer_ptr(ptrs.get(index), ptr);
-                    if kinds.has_guests {
-                        inbox.store_room(index, Room::ANY);
-                    }
-                }
-                None if inbox.stage_other(index, kinds) => {}
+                Some(ptr) => store_buffer_ptr(ptrs.get(index), ptr),
+                None if inbox.stage_other(index, kinds) => least = least_bytes(kinds),
                 None => return inbox.refuse_staged(index),
             }
-            index = index.wrapping_add(1);
-            *posted = index;
+            at.next = index.wrapping_add(1);
         }
         Ok(())
     }
@@ -1680,36 +1706,45 @@ impl<B: PacketBuffer> Collector<B> {
         Some(Collected { buffer, len, more, overflow })
     }
 
-    /// Takes the next packets out, at most `most`, and gives each buffer to `each` with the packet's
-    /// length, as long as `each` returns `Ok` and each packet is in one buffer and has not waited in the
-    /// overflow ring. [`collect`](Self::collect) takes any other. Returns how many were taken, and what
-    /// `each` has returned instead of `Ok`.
+    /// Shows each of the next packets to `each`, at most `most`: the buffer, and the packet's length. `each`
+    /// takes the buffer and returns true, or leaves it and returns false, which ends the run. The run also
+    /// ends at a packet that is in several buffers or has waited in the overflow ring.
+    /// [`collect`](Self::collect) takes what is left. Returns how many packets were taken, and their bytes.
+    ///
+    /// So a buffer goes from where it lies to where it belongs, and nowhere else in between.
     #[inline(always)]
-    pub fn collect_run<R>(
+    pub fn collect_run(
         &mut self,
         most: u32,
-        mut each: impl FnMut(B, usize) -> Result<(), R>,
-    ) -> (u32, Option<R>) {
+        mut each: impl FnMut(&mut Option<B>, usize) -> bool,
+    ) -> (u32, u64) {
         let Self { inbox, collected, posted, gaps, .. } = self;
         let (states, ptrs, cells) =
             (inbox.cell_states(), inbox.buffer_ptrs(), inbox.buffer_cells());
         let first = *collected;
         // Cells whose buffer was taken back would have to be stepped over.
         let most = if *gaps == 0 { posted.wrapping_sub(first).min(most) } else { 0 };
-        for taken in 0..most {
-            let index = first.wrapping_add(taken);
+        let (end, mut bytes) = (first.wrapping_add(most), 0);
+        let mut at = Advancing { index: collected, next: first };
+        while at.next != end {
+            let index = at.next;
             // Acquire: pairs with the Release in `end_claim`; the sender's copy is complete.
             let cell_state = states.get(index).load(Ordering::Acquire);
-            let Some(len) = filled_alone(cell_state, index) else { return (taken, None) };
-            let Some(buffer) = take_from(cells.get(index), ptrs.get(index)) else {
-                return (taken, None);
-            };
-            *collected = index.wrapping_add(1);
-            if let Err(refused) = each(buffer, len) {
-                return (taken + 1, Some(refused));
+            let Some(len) = filled_alone(cell_state, index) else { break };
+            // This access lets loom see whether a sender still writes.
+            ptrs.get(index).with_mut(|_| ());
+            let is_taken = cells.get(index).with_mut(|cell| {
+                // SAFETY: invariant 4: only the collector uses the buffer cells, and `&mut self` is it. The
+                // cell is filled, so no sender writes to the buffer any more.
+                each(unsafe { &mut *cell }, len)
+            });
+            if !is_taken {
+                break;
             }
+            bytes += len as u64;
+            at.next = index.wrapping_add(1);
         }
-        (most, None)
+        (at.next.wrapping_sub(first), bytes)
     }
 
     /// Steps over the next cells, as long as their buffer was taken back. A recall leaves such

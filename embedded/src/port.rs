@@ -353,20 +353,16 @@ impl<B: PacketBuffer> Receiver<B> {
     /// Takes the next packets, as long as each is in one buffer and has not waited; see
     /// [`Collector::collect_run`](crate::inbox::Collector::collect_run). They are counted together.
     #[inline(always)]
-    pub fn collect_run<R>(
+    pub fn collect_run(
         &mut self,
         most: u32,
-        mut each: impl FnMut(B, usize) -> Result<(), R>,
-    ) -> (u32, Option<R>) {
-        let mut bytes = 0;
-        let collected = self.end.collector.collect_run(most, |buffer, len| {
-            bytes += len as u64;
-            each(buffer, len)
-        });
+        each: impl FnMut(&mut Option<B>, usize) -> bool,
+    ) -> (u32, u64) {
+        let (packets, bytes) = self.end.collector.collect_run(most, each);
         let received = &self.end.received;
-        add(&received.direct, collected.0.into());
+        add(&received.direct, packets.into());
         add(&received.bytes, bytes);
-        collected
+        (packets, bytes)
     }
 
     /// Takes back every posted buffer that no sender has claimed; see [`Collector::recall`](crate::inbox::Collector::recall).

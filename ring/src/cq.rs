@@ -438,20 +438,20 @@ impl fmt::Debug for DoneReads<'_> {
 }
 
 impl DoneReads<'_> {
-    /// Writes the completion of a read whose buffer has a packet of `len` bytes.
-    ///
-    /// # Errors
-    ///
-    /// Returns the buffer if it is no frame of the ring's first pool, if it has fewer bytes, or if `most`
-    /// completions were written. [`CqProducer::push`] handles each of these cases.
+    /// Takes the buffer of a read, which has a packet of `len` bytes, and writes its completion. Returns
+    /// whether it has: it leaves the buffer if it is no frame of the ring's first pool, if it has fewer
+    /// bytes, or if `most` completions were written. [`CqProducer::push`] handles each of these cases.
     #[inline(always)]
-    pub fn push(&mut self, buffer: Buffer, len: usize, user_data: u64) -> Result<(), Buffer> {
-        let frame = buffer.carrier();
-        // The frame that a guest's buffer begins with is of another pool.
-        let fits = frame.pool_ptr() == self.pool && len <= frame.capacity_in(self.slot_size);
-        if !fits || !self.free.has_space() {
-            return Err(buffer);
+    #[must_use = "false means that the buffer is still there"]
+    pub fn push(&mut self, from: &mut Option<Buffer>, len: usize, user_data: u64) -> bool {
+        let fits = |frame: &Frame| {
+            // The frame that a guest's buffer begins with is of another pool.
+            frame.pool_ptr() == self.pool && len <= frame.capacity_in(self.slot_size)
+        };
+        if !from.as_ref().is_some_and(|buffer| fits(buffer.carrier())) || !self.free.has_space() {
+            return false;
         }
+        let Some(buffer) = from.take() else { return false };
         // Nothing between here and the entry can panic.
         let cqe = Cqe::packet(
             Opcode::Read,
@@ -462,7 +462,7 @@ impl DoneReads<'_> {
         );
         let pushed = self.free.push(cqe.with_len(len as u32));
         debug_assert!(pushed, "there was space");
-        Ok(())
+        true
     }
 }
 

@@ -113,6 +113,13 @@ impl SlotRange {
         OffloadState((self.content >> 32) as u32)
     }
 
+    /// Whether the state is [`OffloadState::ABSENT`] and the length is below `end`, which is at most 2^32.
+    #[inline(always)]
+    pub(crate) const fn is_bare_below(self, end: u64) -> bool {
+        // Any other state makes the number larger.
+        self.content < end
+    }
+
     /// Sets where the packet is in the slot: `len` bytes from `offset` on.
     #[inline(always)]
     pub(crate) fn set_window(&mut self, offset: u32, len: u32) {

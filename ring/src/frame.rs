@@ -327,6 +327,13 @@ impl Frame {
         self.range.set_offload_state(OffloadState::ABSENT);
     }
 
+    /// Whether there is no offload header and the packet has fewer than `end` bytes: both conditions in one
+    /// comparison.
+    #[inline(always)]
+    pub fn is_bare_below(&self, end: u64) -> bool {
+        self.range.is_bare_below(end)
+    }
+
     /// Whether there is an offload header that is to be sent.
     #[inline]
     pub fn has_offload_to_send(&self) -> bool {

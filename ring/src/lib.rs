@@ -40,7 +40,7 @@ pub use frame::{Frame, FrontError, OutOfSpace};
 pub use guest::{GuestBuffer, GuestMemory, SegmentTable};
 pub use limits::DEPTH_MAX;
 pub use pool::Pool;
-pub use prefetch::prefetch_for_writing;
+pub use prefetch::{prefetch_for_writing, prefetch_line_for_writing};
 pub use regions::Regions;
 pub use rings::{Depths, rings};
 pub use slots::{Layout, LayoutError};

@@ -36,32 +36,35 @@ pub fn prefetch_for_writing(start: *const u8, len: usize) {
     let mut line = start;
     let end = start.wrapping_add(len);
     while line < end {
-        #[cfg(all(target_arch = "x86_64", not(any(miri, loom))))]
-        // SAFETY: a prefetch accesses nothing and never faults, whatever the address (Intel SDM,
-        // PREFETCHW). A processor that does not know it does nothing.
-        unsafe {
-            core::arch::asm!(
-                "prefetchw [{line}]",
-                line = in(reg) line,
-                options(nostack, preserves_flags, readonly)
-            );
-        }
-        #[cfg(all(target_arch = "aarch64", not(any(miri, loom))))]
-        // SAFETY: a prefetch accesses nothing and never faults, whatever the address (Arm ARM, PRFM).
-        unsafe {
-            core::arch::asm!(
-                "prfm pstl1keep, [{line}]",
-                line = in(reg) line,
-                options(nostack, preserves_flags, readonly)
-            );
-        }
-        #[cfg(not(all(
-            any(target_arch = "x86_64", target_arch = "aarch64"),
-            not(any(miri, loom))
-        )))]
-        let _ = line;
+        prefetch_line_for_writing(line);
         line = line.wrapping_add(LINE);
     }
+}
+
+/// As [`prefetch_for_writing`], for the one cache line of `place`.
+#[inline(always)]
+pub fn prefetch_line_for_writing(place: *const u8) {
+    #[cfg(all(target_arch = "x86_64", not(any(miri, loom))))]
+    // SAFETY: a prefetch accesses nothing and never faults, whatever the address (Intel SDM,
+    // PREFETCHW). A processor that does not know it does nothing.
+    unsafe {
+        core::arch::asm!(
+            "prefetchw [{place}]",
+            place = in(reg) place,
+            options(nostack, preserves_flags, readonly)
+        );
+    }
+    #[cfg(all(target_arch = "aarch64", not(any(miri, loom))))]
+    // SAFETY: a prefetch accesses nothing and never faults, whatever the address (Arm ARM, PRFM).
+    unsafe {
+        core::arch::asm!(
+            "prfm pstl1keep, [{place}]",
+            place = in(reg) place,
+            options(nostack, preserves_flags, readonly)
+        );
+    }
+    #[cfg(not(all(any(target_arch = "x86_64", target_arch = "aarch64"), not(any(miri, loom)))))]
+    let _ = place;
 }
 
 /// The bytes of a cache line.

@@ -122,6 +122,8 @@ pub(crate) struct Producer<T: Entry> {
     full_at: Cell<u32>,
     /// How many entries [`publish_lines`](Self::publish_lines) publishes together, a power of two, minus one.
     batch_mask: Cell<u32>,
+    /// The same during a run of entries, and 0 otherwise.
+    run_mask: Cell<u32>,
 }
 
 /// The reading half.
@@ -159,6 +161,7 @@ pub(crate) fn queue<T: Entry>(
         published: Cell::new(start),
         full_at: Cell::new(start.wrapping_add(capacity)),
         batch_mask: Cell::new(PUBLISH_BATCH - 1),
+        run_mask: Cell::new(0),
     };
     (producer, Consumer { shared, head: start, tail_seen: start, _not_sync: PhantomData })
 }
@@ -275,7 +278,24 @@ impl<T: Entry> Producer<T> {
     /// whether many entries are in flight.
     #[inline]
     pub(crate) fn begin_run(&self, many: bool) {
-        self.batch_mask.set(if many { PUBLISH_BATCH_BUSY } else { PUBLISH_BATCH } - 1);
+        let mask = if many { PUBLISH_BATCH_BUSY } else { PUBLISH_BATCH } - 1;
+        self.batch_mask.set(mask);
+        self.run_mask.set(mask);
+    }
+
+    #[inline]
+    pub(crate) fn end_run(&self) {
+        self.run_mask.set(0);
+    }
+
+    pub(crate) fn is_in_run(&self) -> bool {
+        self.run_mask.get() != 0
+    }
+
+    /// Whether the entries fill a batch of whole cache lines. Without a run, each entry does.
+    #[inline(always)]
+    pub(crate) fn ends_piece(&self) -> bool {
+        self.tail.get() & self.run_mask.get() == 0
     }
 
     /// The number of entries ever published, plus the start index.
@@ -412,8 +432,10 @@ impl<T: Entry> Consumer<T> {
         // `make` writes to memory. In variables of this function, these are not loaded again after that.
         let (from_cells, to_cells) = (self.shared.cells(), to.shared.cells());
         let regions = &self.shared.regions;
+        let mut at =
+            Moving { tail: &to.tail, to: to.tail.get(), from: self.head, head: &mut self.head };
         for moved in 0..most {
-            let (head, tail) = (self.head, to.tail.get());
+            let (head, tail) = (at.from, at.to);
             let entries = core::array::from_fn(|i| {
                 let cell = from_cells.get(head.wrapping_add(i as u32));
                 // SAFETY: `moved < known / N`, so the index is before `tail_seen`, which `refresh` loaded
@@ -421,7 +443,7 @@ impl<T: Entry> Consumer<T> {
                 unsafe { peek(cell, |entry| *entry) }
             });
             let Some(made) = make(entries, regions) else { return moved };
-            self.head = head.wrapping_add(count);
+            at.from = head.wrapping_add(count);
             for (i, entry) in made.into_iter().enumerate() {
                 to_cells.get(tail.wrapping_add(i as u32)).with_mut(|cell| {
                     // SAFETY: `space_for` saw that this cell is free, as `has_space` does for `push`, and
@@ -429,7 +451,7 @@ impl<T: Entry> Consumer<T> {
                     unsafe { (*cell).write(entry) };
                 });
             }
-            to.tail.set(tail.wrapping_add(count));
+            at.to = tail.wrapping_add(count);
         }
         most
     }
@@ -539,6 +561,23 @@ impl<T: Entry> Drop for Consumer<T> {
     }
 }
 
+/// Where a move of entries from one queue to another is. The indices are stored when this is dropped, and
+/// so after a panic too.
+struct Moving<'a> {
+    head: &'a mut u32,
+    from: u32,
+    tail: &'a Cell<u32>,
+    to: u32,
+}
+
+impl Drop for Moving<'_> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        *self.head = self.from;
+        self.tail.set(self.to);
+    }
+}
+
 /// The oldest known entry of a queue. If it is dropped and not taken, it stays in the queue.
 pub(crate) struct Front<'a, T: Entry> {
     /// The cell of the index `head`.
@@ -600,13 +639,21 @@ impl<T: Entry> Oldest<'_, T> {
     }
 }
 
-/// Free cells of a queue. What is written into them is seen after [`publish`](Producer::publish).
+/// Free cells of a queue. What is written into them is the queue's when this is dropped, and is seen after
+/// [`publish`](Producer::publish). If it is forgotten, the slots of these entries are lost.
 pub(crate) struct FreeCells<'a, T: Entry> {
     cells: Cells<'a, T>,
     tail: &'a Cell<u32>,
-    /// The value of `tail`, and where the free cells end.
+    /// The next free cell, and where they end.
     next: u32,
     end: u32,
+}
+
+impl<T: Entry> Drop for FreeCells<'_, T> {
+    #[inline(always)]
+    fn drop(&mut self) {
+        self.tail.set(self.next);
+    }
 }
 
 impl<T: Entry> FreeCells<'_, T> {
@@ -629,7 +676,6 @@ impl<T: Entry> FreeCells<'_, T> {
             unsafe { (*cell).write(entry) };
         });
         self.next = self.next.wrapping_add(1);
-        self.tail.set(self.next);
         true
     }
 }

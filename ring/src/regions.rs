@@ -53,10 +53,16 @@ impl Regions {
         self.all.len() > self.pools
     }
 
+    /// Whether the frame is of the first pool.
+    #[inline(always)]
+    pub fn is_of_first(&self, frame: &Frame) -> bool {
+        self.first.ptr() == frame.pool_ptr()
+    }
+
     /// As [`find_pool`](Self::find_pool) for the frame's pool, if that is the first.
     #[inline(always)]
     pub(crate) fn find_first(&self, frame: &Frame) -> Option<u16> {
-        (self.first.ptr() == frame.pool_ptr()).then_some(0)
+        self.is_of_first(frame).then_some(0)
     }
 
     /// The region number of a pool. `None` if it is not in the list, or a segment table's.

@@ -153,12 +153,13 @@ impl SqProducer {
             Class::Write => (Opcode::Write, flags),
             Class::Cancel => return Err((PushError::WrongClass, frame)),
         };
-        if !self.credits.has(class) {
-            return Err((PushError::NoCredit, frame));
-        }
+        // Before the look at the credits, so that a caller which has asked for the pool asks once.
         let regions = self.sq.regions();
         let first =
             if IS_GUEST { regions.find_first_table(&frame) } else { regions.find_first(&frame) };
+        if !self.credits.has(class) {
+            return Err((PushError::NoCredit, frame));
+        }
         // The frame is taken apart first, as in `CqProducer::push`.
         let (pool, range) = (frame.pool_ptr(), frame.into_raw());
         let pushed = match first {
@@ -253,6 +254,24 @@ impl SqProducer {
     #[inline]
     pub fn publish_lines(&self) {
         self.sq.publish_lines();
+    }
+
+    /// Whether the caller of a push publishes now: the entries fill a batch of whole cache lines, or no
+    /// [run](Self::begin_run) is on.
+    #[inline(always)]
+    pub fn ends_piece(&self) -> bool {
+        self.sq.ends_piece()
+    }
+
+    /// Whether a [run](Self::begin_run) is on.
+    pub fn is_in_run(&self) -> bool {
+        self.sq.is_in_run()
+    }
+
+    /// Ends the run that [`begin_run`](Self::begin_run) has begun.
+    #[inline]
+    pub fn end_run(&self) {
+        self.sq.end_run();
     }
 
     /// Begins a loop over `cq_consumer`'s completions. If many entries are in flight,

@@ -12,6 +12,7 @@ use std::sync::{Arc, Barrier, Condvar, Mutex};
 use std::thread;
 use std::time::Duration;
 use vmring_core::doorbell::{Doorbell, Park};
+use vmring_core::offload::OffloadHeader;
 use vmring_core::{
     Backing, Buffer, Class, CqConsumer, CqProducer, CqeRef, Depths, Frame, FrontError, HeapBacking,
     Layout, LayoutError, Opcode, OutOfSpace, Outcome, Pool, PushError, Reaped, Regions,
@@ -760,9 +761,9 @@ impl World {
                 }
                 let mut buffer = Some(Buffer::from(frame));
                 if in_run && outcome == Outcome::Done && ask.class() == Class::Read {
-                    let len = len as usize;
-                    let frame = buffer.take().expect("it is here");
-                    buffer = cq_producer.done_reads(1).push(frame, len, user_data).err();
+                    let is_taken =
+                        cq_producer.done_reads(1).push(&mut buffer, len as usize, user_data);
+                    assert_eq!(is_taken, buffer.is_none());
                     // Only frames of the first pool are taken.
                     assert_eq!(buffer.is_some(), ask.packet().is_some_and(|it| it.pool == 1));
                 }
@@ -1224,6 +1225,53 @@ fn run_in_pieces(start: u32) {
     let pieces = |n: usize| if n < 40 { n / 4 * 4 } else { (n / 16 * 16).max(40) };
     let expected: Vec<_> = (1..=64).map(|n| pieces(n) as u32).collect();
     assert_eq!(shown, expected);
+}
+
+/// Goal: who submits one by one publishes each entry, and in a run only the last of each piece.
+#[test]
+fn only_a_run_leaves_entries_unpublished() {
+    let pool = pool(16);
+    let (sq_producer, cq_consumer, _sq_consumer, _cq_producer) =
+        rings(Depths::new(16, 0, 0), regions(&pool), 0);
+    let ends = |count: u64| -> Vec<bool> {
+        let ends_piece = |n| {
+            sq_producer.push(Class::Read, pool.alloc().unwrap(), n).unwrap();
+            sq_producer.ends_piece()
+        };
+        (0..count).map(ends_piece).collect()
+    };
+    assert_eq!((sq_producer.is_in_run(), ends(2)), (false, vec![true; 2]));
+    sq_producer.begin_run(&cq_consumer);
+    assert_eq!((sq_producer.is_in_run(), ends(3)), (true, vec![false, true, false]));
+    sq_producer.end_run();
+    assert_eq!((sq_producer.is_in_run(), ends(2)), (false, vec![true; 2]));
+}
+
+/// Goal: only a packet without a header, whether received or to be sent, counts as bare, and only below the
+/// length that is asked for.
+#[test]
+fn a_bare_packet_has_no_header_and_is_shorter() {
+    let pool = pool(2);
+    let mut frame = pool.alloc().unwrap();
+    for len in [0, 1, 9] {
+        frame.set_len(len).unwrap();
+        let end = len as u64;
+        assert_eq!((frame.is_bare_below(end), frame.is_bare_below(end + 1)), (false, true));
+        assert!(frame.is_bare_below(1 << 32));
+    }
+    frame.set_offload(&OffloadHeader::NONE).unwrap();
+    assert!(!frame.is_bare_below(1 << 32));
+    frame.clear_offload();
+    assert!(frame.is_bare_below(10));
+}
+
+/// A ring's second pool is not its first.
+#[test]
+fn a_frame_is_of_the_first_pool_or_not() {
+    let (first, second) = (pool(1), pool(1));
+    let regions = Regions::new(vec![first.clone(), second.clone()]).expect("two");
+    let is_of_first = |pool: &Pool| regions.is_of_first(&pool.alloc().unwrap());
+    assert_eq!((is_of_first(&first), is_of_first(&second)), (true, false));
 }
 
 /// Writes that have ended without a completion are not in flight, so the pieces stay small.
@@ -1922,11 +1970,14 @@ fn a_run_of_completions_gives_back_what_it_does_not_take() {
     sq_producer.publish();
     sq_consumer.ready();
     let mut taken: Vec<_> = sq_consumer.reads(2).collect();
-    let (second, first) = (taken.pop().expect("two").0, taken.pop().expect("two").0);
+    let [mut second, mut first] = [(); 2].map(|()| taken.pop().map(|(buffer, _)| buffer));
     let mut run = cq_producer.done_reads(1);
-    let first = run.push(first, CAPACITY + 1, 0).expect_err("it is too long");
-    run.push(first, CAPACITY, 0).expect("it fits");
-    let second = run.push(second, 1, 1).expect_err("one was wanted");
+    assert!(!run.push(&mut first, CAPACITY + 1, 0) && first.is_some(), "it is too long");
+    assert!(run.push(&mut first, CAPACITY, 0) && first.is_none(), "it fits");
+    assert!(!run.push(&mut first, 1, 1), "there is no buffer");
+    assert!(!run.push(&mut second, 1, 1), "one was wanted");
+    drop(run);
+    let second = second.expect("it was left");
     cq_producer.push(Class::Read, second, 1, Outcome::Cancelled);
     cq_producer.publish();
     cq_consumer.ready();

@@ -201,7 +201,7 @@ impl Completions {
     #[inline(always)]
     pub(super) fn filled_reads(&mut self, ring: u32, most: u32) -> FilledReads<'_> {
         let Self { cq_producer, batch, .. } = self;
-        FilledReads { done: cq_producer.done_reads(most), batch, ring, packets: 0, bytes: 0 }
+        FilledReads { done: cq_producer.done_reads(most), batch, ring }
     }
 
     /// Completes a read that has a part of a packet. The rest is in the `more` next ones.
@@ -364,46 +364,37 @@ impl FrameWrites<'_, '_> {
     }
 }
 
-/// Completes reads of one ring one after the other; see [`PollContext::filled_reads`]. They are counted when
-/// this is dropped.
+/// Completes reads of one ring one after the other; see [`PollContext::filled_reads`].
 ///
 /// [`PollContext::filled_reads`]: crate::device::PollContext::filled_reads
 pub(crate) struct FilledReads<'a> {
     done: DoneReads<'a>,
     batch: &'a mut Batch,
     ring: u32,
-    packets: u32,
-    bytes: u64,
-}
-
-impl Drop for FilledReads<'_> {
-    #[inline(always)]
-    fn drop(&mut self) {
-        self.batch.rx_packets += self.packets;
-        self.batch.rx_bytes += self.bytes;
-    }
 }
 
 impl FilledReads<'_> {
-    /// Completes a read whose frame now holds a packet of `len` bytes.
-    ///
-    /// # Errors
-    ///
-    /// Returns the slot if it has to be completed by itself.
+    /// Takes a read whose frame now holds a packet of `len` bytes, and completes it. If it has to be
+    /// completed by itself, leaves it and returns false. The caller [counts](Self::count) it.
     #[inline(always)]
-    pub(crate) fn push(&mut self, slot: PostedSlot, len: usize) -> Result<(), PostedSlot> {
+    pub(crate) fn push(&mut self, slot: &mut Option<PostedSlot>, len: usize) -> bool {
         // A slot with flags has another number.
-        if slot.ring != self.ring || slot.class != Class::Read {
-            return Err(slot);
+        if let Some(posted) = slot
+            && posted.ring == self.ring
+            && posted.class == Class::Read
+            && self.done.push(&mut posted.buffer, len, posted.user_data)
+        {
+            // It has no buffer any more.
+            std::mem::forget(slot.take());
+            return true;
         }
-        let (buffer, user_data, class) = slot.into_buffer();
-        match self.done.push(buffer, len, user_data) {
-            Ok(()) => {
-                self.packets += 1;
-                self.bytes += len as u64;
-                Ok(())
-            }
-            Err(buffer) => Err(PostedSlot::new(buffer, user_data, self.ring, class)),
-        }
+        false
+    }
+
+    /// Counts the packets that were completed, and their bytes.
+    #[inline(always)]
+    pub(crate) fn count(self, packets: u32, bytes: u64) {
+        self.batch.rx_packets += packets;
+        self.batch.rx_bytes += bytes;
     }
 }

@@ -1017,11 +1017,11 @@ impl InboxEnd for Receiver<PostedSlot> {
     }
 
     #[inline(always)]
-    fn collect_run<R>(
+    fn collect_run(
         &mut self,
         most: u32,
-        each: impl FnMut(PostedSlot, usize) -> Result<(), R>,
-    ) -> (u32, Option<R>) {
+        each: impl FnMut(&mut Option<PostedSlot>, usize) -> bool,
+    ) -> (u32, u64) {
         Receiver::collect_run(self, most, each)
     }
 

@@ -20,13 +20,13 @@ pub(crate) trait InboxEnd: Send {
     /// How many slots are posted, whether filled or not.
     fn posted(&self) -> usize;
     fn collect(&mut self) -> Option<Collected<PostedSlot>>;
-    /// Gives the next packets to `each`, as long as nothing is special about them; see
+    /// Shows the next packets to `each`, as long as nothing is special about them; see
     /// [`Collector::collect_run`].
-    fn collect_run<R>(
+    fn collect_run(
         &mut self,
         most: u32,
-        each: impl FnMut(PostedSlot, usize) -> Result<(), R>,
-    ) -> (u32, Option<R>);
+        each: impl FnMut(&mut Option<PostedSlot>, usize) -> bool,
+    ) -> (u32, u64);
     fn recall(&mut self, f: &mut dyn FnMut(PostedSlot));
     fn recall_target(&mut self, target: u64, f: &mut dyn FnMut(PostedSlot));
     fn arm(&mut self) -> bool;
@@ -61,11 +61,11 @@ impl InboxEnd for Collector<PostedSlot> {
     }
 
     #[inline(always)]
-    fn collect_run<R>(
+    fn collect_run(
         &mut self,
         most: u32,
-        each: impl FnMut(PostedSlot, usize) -> Result<(), R>,
-    ) -> (u32, Option<R>) {
+        each: impl FnMut(&mut Option<PostedSlot>, usize) -> bool,
+    ) -> (u32, u64) {
         Collector::collect_run(self, most, each)
     }
 
@@ -149,7 +149,9 @@ impl<I: InboxEnd> InboxReader<I> {
     }
 
     /// Completes the reads that packets have arrived for, at most [`INBOX_READS_MAX`] per call.
-    #[inline(always)]
+    ///
+    /// It is not inlined: its loop needs all registers.
+    #[inline(never)]
     pub(crate) fn collect(&mut self, cx: &mut PollContext<'_>) -> Progress {
         if self.headers {
             return self.collect_with_headers(cx);
@@ -157,14 +159,15 @@ impl<I: InboxEnd> InboxReader<I> {
         if self.end.posted() == 0 {
             return Progress::Idle;
         }
-        let (mut count, mut other) = (0, None);
+        let mut count = 0;
         if let Some(mut reads) = cx.filled_reads(INBOX_READS_MAX) {
-            (count, other) = self.end.collect_run(INBOX_READS_MAX, |slot, len| {
-                reads.push(slot, len).map_err(|slot| (slot, len))
-            });
-        }
-        if let Some((slot, len)) = other {
-            cx.complete_filled(slot, len);
+            let (packets, bytes) =
+                self.end.collect_run(INBOX_READS_MAX, |slot, len| reads.push(slot, len));
+            reads.count(packets, bytes);
+            if self.end.posted() == 0 {
+                return Progress::Idle;
+            }
+            count = packets;
         }
         self.collect_others(cx, INBOX_READS_MAX - count)
     }

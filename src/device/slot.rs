@@ -35,8 +35,8 @@ pub struct PostedSlot {
     /// not a pointer, so that a slot costs no reference count.
     pub(super) ring: u32,
     /// `None` only while a slot is being completed or dropped.
-    buffer: Option<Buffer>,
-    user_data: u64,
+    pub(super) buffer: Option<Buffer>,
+    pub(super) user_data: u64,
 }
 
 /// The flag of a slot whose frame is a reserved one, in the place of a guest's buffer.

@@ -9,7 +9,7 @@ use vmring_core::{Class, Frame, GuestBuffer, SKIP_SUCCESS};
 use crate::error::{BatchError, Error, GuestSubmitError, SubmitError, SubmitErrorKind};
 use crate::ring::complete::{CompletionQueue, Reap};
 use crate::ring::completion::{Completion, CompletionInfo, Peek};
-use crate::ring::submit::{Deferred, SubmissionQueue};
+use crate::ring::submit::SubmissionQueue;
 
 /// The submitting half of a ring, borrowed by [`Ring::split`](crate::Ring::split). It dereferences
 /// to the [`SubmissionQueue`] for what needs no exclusive access.
@@ -38,7 +38,7 @@ pub struct CompletionHalf<'a> {
 }
 
 // Both halves refer to the submission queue, which is not `Sync`, so both are on one thread. So a
-// submit sees in `deferred` whether the other half is reaping, without a fence.
+// submit sees whether the other half is reaping, without a fence.
 assert_not_impl_any!(SubmissionHalf<'_>: Send, Sync);
 assert_not_impl_any!(CompletionHalf<'_>: Send, Sync);
 
@@ -93,7 +93,7 @@ impl SubmissionHalf<'_> {
         user_data: u64,
     ) -> Result<(), GuestSubmitError> {
         self.sq.push_guest::<0>(Class::Read, buffer, user_data)?;
-        self.ring_or_defer();
+        self.sq.ring_or_defer();
         Ok(())
     }
 
@@ -109,7 +109,7 @@ impl SubmissionHalf<'_> {
         user_data: u64,
     ) -> Result<(), GuestSubmitError> {
         self.sq.push_guest::<0>(Class::Write, buffer, user_data)?;
-        self.ring_or_defer();
+        self.sq.ring_or_defer();
         Ok(())
     }
 
@@ -121,19 +121,8 @@ impl SubmissionHalf<'_> {
         user_data: u64,
     ) -> Result<(), SubmitError> {
         self.sq.push::<FLAGS>(class, frame, user_data)?;
-        self.ring_or_defer();
+        self.sq.ring_or_defer();
         Ok(())
-    }
-
-    /// Rings the doorbell for what was pushed, or leaves that to the end of the other half's loop.
-    #[inline(always)]
-    fn ring_or_defer(&mut self) {
-        if self.sq.deferred.get() == Deferred::Off {
-            self.sq.ring_doorbell();
-        } else {
-            self.sq.deferred.set(Deferred::Pending);
-            self.sq.producer.publish_lines();
-        }
     }
 
     /// Submits many reads, as [`SubmissionQueue::submit_reads`] does, and rings the doorbell at
@@ -235,9 +224,6 @@ impl CompletionHalf<'_> {
     #[inline(always)]
     fn begin_reaping(&mut self) -> HalfReap<'_> {
         self.sq.producer.begin_run(&self.cq.consumer);
-        if self.sq.deferred.get() == Deferred::Off {
-            self.sq.deferred.set(Deferred::Open);
-        }
         HalfReap { reap: Reap { consumer: &mut self.cq.consumer }, sq: self.sq }
     }
 

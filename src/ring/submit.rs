@@ -26,9 +26,14 @@ pub struct SubmissionQueue {
     caps: Capabilities,
     /// The largest packet that the ring reads, in bytes.
     read_size: u32,
-    /// Whether submits are deferred. Other than `Off` only while the ring's other half, which is
-    /// borrowed together with this one, is reaping (and after its iterator was forgotten).
-    pub(super) deferred: Cell<Deferred>,
+    /// Whether each frame of the first pool fits a read.
+    first_fits_reads: bool,
+    /// Packets without an offload header that are shorter are sent as they are. 0 if the device reads a
+    /// header in front of each.
+    bare_end: u64,
+    /// Whether the doorbell is to be rung for what was submitted while the ring's other half, which is
+    /// borrowed together with this one, is reaping (or after its iterator was forgotten).
+    pending: Cell<bool>,
     /// True for an inline ring that has not been taken apart: the submitting thread also drives the
     /// engine.
     pub(super) drives_engine: bool,
@@ -36,17 +41,6 @@ pub struct SubmissionQueue {
 
 assert_impl_all!(SubmissionQueue: Send);
 assert_not_impl_any!(SubmissionQueue: Sync, Clone);
-
-/// Whether publishing and the doorbell wait for the end of a loop over completions.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Deferred {
-    /// They do not wait.
-    Off,
-    /// They wait, and nothing has been submitted meanwhile.
-    Open,
-    /// They wait, and something has been submitted meanwhile.
-    Pending,
-}
 
 impl SubmissionQueue {
     pub(crate) fn new(
@@ -56,12 +50,18 @@ impl SubmissionQueue {
         read_size: u32,
     ) -> Self {
         let drives_engine = shared.is_inline();
+        let first = producer.regions().pools()[0].layout();
+        let first_fits_reads =
+            first.headroom >= caps.headroom && first.slot_size - first.headroom >= read_size;
+        let bare_end = if caps.headroom > 0 { 0 } else { u64::from(caps.max_packet_size) + 1 };
         Self {
             producer,
             shared,
             caps,
             read_size,
-            deferred: Cell::new(Deferred::Off),
+            first_fits_reads,
+            bare_end,
+            pending: Cell::new(false),
             drives_engine,
         }
     }
@@ -415,33 +415,54 @@ impl SubmissionQueue {
     pub(super) fn push<const FLAGS: u32>(
         &self,
         class: Class,
-        frame: Frame,
+        mut frame: Frame,
         user_data: u64,
     ) -> Result<(), SubmitError> {
-        let frame = self.fitting(class, frame)?;
-        if class == Class::Write && (self.caps.headroom > 0 || frame.has_offload_to_send()) {
-            return self.push_prepared::<FLAGS>(frame, user_data);
+        if let Some(kind) = self.refusal() {
+            return Err(SubmitError { kind, frame });
+        }
+        let is_usual = match class {
+            Class::Read => self.first_fits_reads,
+            _ => frame.is_bare_below(self.bare_end),
+        };
+        if !is_usual || !self.producer.regions().is_of_first(&frame) {
+            return self.push_other::<FLAGS>(class, frame, user_data);
+        }
+        if class == Class::Read {
+            frame.reset();
         }
         self.push_fitting::<FLAGS>(class, frame, user_data)
     }
 
-    /// Pushes a write that needs headroom or has an offload header. It is a function of its own
-    /// that is never inlined: it takes `&mut frame`, and in the hot path that would keep the frame
-    /// in memory instead of in registers.
+    /// Pushes a frame if it fits: one of another pool than the first, or a write that needs headroom, has an
+    /// offload header or is too big. It is a function of its own that is never inlined: it takes
+    /// `&mut frame`, and in the hot path that would keep the frame in memory instead of in registers.
     #[inline(never)]
-    fn push_prepared<const FLAGS: u32>(
+    fn push_other<const FLAGS: u32>(
         &self,
+        class: Class,
         mut frame: Frame,
         user_data: u64,
     ) -> Result<(), SubmitError> {
-        if !self.has_headroom(&frame) {
-            let kind = self.misfit(Class::Write, frame.len(), frame.capacity(), frame.headroom());
+        let fits = if class == Class::Read {
+            frame.reset();
+            frame.capacity() >= self.read_size as usize
+        } else {
+            frame.len() <= self.caps.max_packet_size as usize
+        };
+        if !fits || frame.headroom() < self.caps.headroom as usize {
+            let kind = self.misfit(class, frame.len(), frame.capacity(), frame.headroom());
             return Err(SubmitError { kind, frame });
         }
-        match self.prepare_offload(&mut frame) {
-            Ok(()) => self.push_fitting::<FLAGS>(Class::Write, frame, user_data),
-            Err(kind) => Err(SubmitError { kind, frame }),
+        // A header that was only received stays where the device reads none.
+        let has_header = self.caps.headroom > 0 || frame.has_offload_to_send();
+        if class == Class::Write
+            && has_header
+            && let Err(kind) = self.prepare_offload(&mut frame)
+        {
+            return Err(SubmitError { kind, frame });
         }
+        self.push_fitting::<FLAGS>(class, frame, user_data)
     }
 
     #[inline(always)]
@@ -585,31 +606,6 @@ impl SubmissionQueue {
             && !(has_more && self.again(|| self.producer.check(class)).is_ok())
     }
 
-    /// Checks everything but the queue, and the headroom of a write: returns the frame if the ring is open
-    /// and the frame fits. Resets the view of a frame to be read into.
-    #[inline(always)]
-    fn fitting(&self, class: Class, mut frame: Frame) -> Result<Frame, SubmitError> {
-        if let Some(kind) = self.refusal() {
-            return Err(SubmitError { kind, frame });
-        }
-        let fits = if class == Class::Read {
-            frame.reset();
-            frame.capacity() >= self.read_size as usize && self.has_headroom(&frame)
-        } else {
-            frame.len() <= self.caps.max_packet_size as usize
-        };
-        if !fits {
-            let kind = self.misfit(class, frame.len(), frame.capacity(), frame.headroom());
-            return Err(SubmitError { kind, frame });
-        }
-        Ok(frame)
-    }
-
-    #[inline(always)]
-    fn has_headroom(&self, frame: &Frame) -> bool {
-        frame.headroom() >= self.caps.headroom as usize
-    }
-
     /// Why a frame does not fit.
     #[cold]
     #[inline(never)]
@@ -689,11 +685,26 @@ impl SubmissionQueue {
         }
     }
 
+    /// Rings the doorbell for what was pushed, or leaves that to [`flush_deferred`](Self::flush_deferred)
+    /// while the other half is reaping.
+    #[inline(always)]
+    pub(super) fn ring_or_defer(&self) {
+        self.pending.set(true);
+        if self.producer.ends_piece() {
+            if self.producer.is_in_run() {
+                self.producer.publish();
+            } else {
+                self.flush_deferred();
+            }
+        }
+    }
+
     /// Ends the deferral: publishes and rings for what was submitted while the other half was
     /// reaping.
     #[inline]
     pub(super) fn flush_deferred(&self) {
-        if self.deferred.replace(Deferred::Off) == Deferred::Pending {
+        self.producer.end_run();
+        if self.pending.replace(false) {
             self.ring_doorbell();
         }
     }
