@@ -311,8 +311,7 @@ impl Dns {
             self.port(port).choice.asked(now);
             return Ok((to, false));
         }
-        let limits = ports.limits;
-        if self.pending.is_full() || self.port(port).pending >= limits.port.dns_pending {
+        if self.port(port).pending >= ports.limits.port.dns_pending {
             return Err((Counter::DnsPendingLimit, SERVER_FAILURE));
         }
         if self.pending.places() == 0 {
@@ -320,6 +319,7 @@ impl Dns {
             self.pending.reserve();
         }
         let pending = Pending { key, query: query.keep(), to, asked_at: now };
+        // The table's limit is the network's.
         let Ok(id) = self.pending.insert(pending) else {
             return Err((Counter::DnsPendingLimit, SERVER_FAILURE));
         };

@@ -414,6 +414,86 @@ fn a_resolver_that_fails_is_passed_over() {
     }
 }
 
+/// M4: the first resolver follows the last one, and is asked again a minute after it was left, however often
+/// others fail in between.
+#[test]
+fn failed_resolvers_are_passed_over_in_turn() {
+    each(|mut asker| {
+        let begin = asker.net.now;
+        let mut ask = |at: u64, expected: u8, fails: bool| {
+            asker.net.wait(begin + Duration::from_secs(at) - asker.net.now);
+            asker.ask(1, "example.com");
+            let (index, to) = asker.last();
+            assert_eq!(to, resolver(expected), "after {at} s");
+            let code = if fails { 2 } else { 0 };
+            asker.reply(index, &answer_to(&query(1, "example.com", A), code));
+            assert!(asker.answer().is_some());
+        };
+        for n in 0..3 {
+            ask(u64::from(n), n, true);
+        }
+        // Its turn has come again, so the minute that began when it was left does not count any more.
+        ask(3, 0, false);
+        ask(30, 0, true);
+        ask(61, 1, false);
+        ask(80, 1, true);
+        ask(89, 2, false);
+        ask(90, 0, true);
+        ask(91, 1, false);
+        assert_eq!(asker.counted(Counter::ResolverFailed), 6);
+    });
+}
+
+/// A flow whose query goes to another resolver now has as many queries as before: it ends with the last one's
+/// answer, and not sooner.
+#[test]
+fn a_flow_that_moves_keeps_its_queries() {
+    each(|mut asker| {
+        let (slow, other) = (query(1, "slow.example.com", A), query(2, "example.com", A));
+        asker.send(&slow);
+        asker.send(&other);
+        asker.net.wait(Duration::from_secs(3));
+        asker.send(&slow);
+        assert_eq!((asker.last(), asker.net.kernel.open()), ((1, resolver(1)), 1));
+        asker.reply(1, &answer_to(&slow, 0));
+        assert!(asker.answer().is_some());
+        // The other query is made again, and is no new one.
+        assert_eq!((asker.flows(), asker.net.kernel.open()), (1, 1));
+        asker.send(&other);
+        asker.reply(1, &answer_to(&other, 0));
+        assert!(asker.answer().is_some());
+        asker.net.assert_empty();
+    });
+}
+
+/// A query that is made again has its whole time again. When that is over, nobody gets an answer if the address
+/// is another guest's by then.
+#[test]
+fn a_query_that_is_made_again_has_its_time_again() {
+    for other_has_address in [false, true] {
+        each(|mut asker| {
+            let asked = query(1, "slow.example.com", A);
+            asker.send(&asked);
+            asker.net.wait(Duration::from_secs(6));
+            asker.send(&asked);
+            asker.net.wait(Duration::from_secs(9));
+            assert_eq!((asker.got().len(), asker.counted(Counter::DnsUnanswered)), (0, 0));
+            if other_has_address {
+                let mac = [2, 0, 0, 0, 0, 9];
+                assert!(asker.net.nat.sources().lease(Port(9), mac, asker.guest.ip()));
+            }
+            asker.net.wait(Duration::from_secs(2));
+            assert_eq!(asker.counted(Counter::DnsUnanswered), 1);
+            if other_has_address {
+                assert_eq!(asker.got(), []);
+            } else {
+                asker.assert_failed(&asked);
+            }
+            asker.net.assert_empty();
+        });
+    }
+}
+
 /// Section 9, 17: a resolver that no socket can be opened to is passed over within the same query, and if
 /// there is no other the guest is told.
 #[test]
@@ -538,6 +618,64 @@ fn queries_that_wait_are_bounded() {
             assert_eq!(asker.got().len(), 0);
         });
     }
+}
+
+/// S6: the limits of flows hold for those of queries: how many a port opens in a second, and how many it has.
+/// The guest is told of a query that has none, and the oldest flow makes way for the next query. A resolver is
+/// not to blame.
+#[test]
+fn flows_of_queries_are_bounded() {
+    for (rate, most) in [(10, 1000), (1000, 10)] {
+        each(|mut asker| {
+            let mut config = config(false);
+            config.limits.port.new_flows_per_second = rate;
+            config.limits.port.udp_flows = most;
+            asker = Asker::with(config, asker.guest.is_ipv6(), &[0, 1]);
+            for n in 0..25 {
+                asker.ask(n, "example.com");
+            }
+            assert_eq!((asker.net.kernel.open(), asker.flows()), (10, 10));
+            let refused = asker.got();
+            let limited = [Counter::NewFlowLimit, Counter::DnsFailed, Counter::Evicted];
+            let counted = limited.map(|counter| asker.counted(counter));
+            if rate == 10 {
+                assert_eq!((refused.len(), counted), (15, [15, 15, 0]));
+                for (n, got) in refused.iter().enumerate() {
+                    let Got::Udp { data, .. } = got else { panic!("{got:?}") };
+                    assert_eq!((data[3] & 15, usize::from(data[1])), (2, 10 + n));
+                }
+                // The second is over.
+                asker.net.wait(Duration::from_secs(1));
+                asker.ask(100, "example.com");
+            } else {
+                assert_eq!((refused.len(), counted), (0, [0, 0, 15]));
+            }
+            let index = asker.last().0;
+            let id = if rate == 10 { 100 } else { 24 };
+            asker.reply(index, &answer_to(&query(id, "example.com", A), 0));
+            assert!(asker.answer().is_some());
+            assert_eq!((asker.last().1, asker.counted(Counter::ResolverFailed)), (resolver(0), 0));
+            // Each query that was not answered ends, whatever has become of its flow.
+            asker.net.wait(Duration::from_secs(11));
+            assert_eq!(asker.got().len(), if rate == 10 { 10 } else { 24 });
+            asker.net.assert_empty();
+        });
+    }
+    // A port that has no flow to give up is told that there is none left.
+    each(|mut asker| {
+        let mut config = config(false);
+        config.limits.udp_flows = 1;
+        asker = Asker::with(config, asker.guest.is_ipv6(), &[0, 1]);
+        let mut other = asker.guest;
+        other.set_ip(if other.is_ipv4() { "192.168.64.7" } else { "fd00::7" }.parse().unwrap());
+        let frame = udp_frame(other, asker.gateway, &query(3, "example.com", A));
+        let frames = [GuestFrame { bytes: &frame, header: OffloadHeader::NONE }];
+        asker.net.nat.from_guest(Port(9), &frames, asker.net.now, &mut asker.net.out);
+        asker.send(&query(1, "example.com", A));
+        asker.assert_failed(&query(1, "example.com", A));
+        let limited = [Counter::FlowLimit, Counter::ResolverFailed].map(|one| asker.counted(one));
+        assert_eq!((asker.net.kernel.len(), limited), (1, [1, 0]));
+    });
 }
 
 /// T14: what is no answer to a question of the guest does not reach it, and does not count as one.
@@ -675,6 +813,7 @@ fn what_is_no_query_reaches_no_resolver() {
             (change(5, 0), Some(1)),                    // no question
             (change(5, 2), Some(1)),                    // two
             (change(12, 0xc0), Some(1)),                // a pointer
+            (query(1, &"a".repeat(64), A), Some(1)),    // a label of 64 bytes
             (good[..good.len() - 1].to_vec(), Some(1)), // a part of one
             (change(2, 0x80), None),                    // an answer
             (good[..11].to_vec(), None),
@@ -691,7 +830,10 @@ fn what_is_no_query_reaches_no_resolver() {
         }
         assert_eq!(asker.net.kernel.len(), 0);
         let counters = [Counter::DnsRefused, Counter::DnsMalformed];
-        assert_eq!(counters.map(|counter| asker.counted(counter)), [4, 8]);
+        assert_eq!(counters.map(|counter| asker.counted(counter)), [4, 9]);
+        // A label of 63 bytes is one.
+        asker.send(&query(1, &"a".repeat(63), A));
+        assert_eq!(asker.net.kernel.len(), 1);
     });
 }
 
@@ -740,7 +882,11 @@ fn local_names_are_answered_here() {
         assert_eq!(asker.local("2.64.168.192.in-addr.arpa", PTR), web);
         let v6 = format!("4.5.2.{}0.0.d.f.ip6.arpa", "0.".repeat(25));
         assert_eq!(asker.local(&v6, PTR), pointer(b"\x04host\x08internal\0"));
-        assert_eq!(asker.counted(Counter::DnsLocal), 19);
+        assert_eq!(asker.local("2.64.168.192.in-addr.arpa", 255), web);
+        // It has a name, and no address.
+        let (code, records) = asker.local("2.64.168.192.in-addr.arpa", A);
+        assert!(code == 0 && is_soa(&records), "{records:?}");
+        assert_eq!(asker.counted(Counter::DnsLocal), 21);
         // Another class than the Internet's has nothing to do with it.
         let mut chaos = query(1, "host.internal", 16);
         *chaos.last_mut().unwrap() = 3;
@@ -752,6 +898,14 @@ fn local_names_are_answered_here() {
             let sockets = asker.net.kernel.len();
             asker.ask(1, name);
             assert_eq!(asker.net.kernel.len(), sockets + 1, "{name}");
+        }
+        // So are the names of others' addresses.
+        let foreign = format!("1.{}8.b.d.0.1.0.0.2.ip6.arpa", "0.".repeat(23));
+        for name in ["77.65.168.192.in-addr.arpa", &foreign] {
+            let asked = query(1, name, PTR);
+            asker.send(&asked);
+            let index = asker.last().0;
+            assert_eq!(asker.net.kernel.sent(index).pop().map(|sent| sent.bytes), Some(asked));
         }
         asker.net.nat.port_left(PORT, asker.net.now, &mut asker.net.out);
         assert_eq!(asker.local("web.internal", A).0, 3);
