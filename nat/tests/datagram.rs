@@ -3,7 +3,7 @@
 use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
-use smoltcp::wire::Ipv4Packet;
+use smoltcp::wire::{Icmpv4Packet, Icmpv6Packet, Ipv4Packet};
 use vmring_core::offload::{Gso, OffloadHeader, Offloads};
 use vmring_nat::{
     Counter, DatagramError, GuestFrame, Link, NatConfig, Port, Protocol, SocketError,
@@ -44,6 +44,22 @@ impl Pair {
         let frames: Vec<_> = self.net.out.frames.drain(..).collect();
         let link = self.net.out.link;
         frames.iter().flat_map(|(frame, head)| self.receiver.take(frame, head, &link)).collect()
+    }
+
+    /// Sends a datagram, or several of `segment` bytes that the guest has left to be cut.
+    fn send_to_be_cut(&mut self, data: &[u8], segment: u16) {
+        let bytes = udp_frame(self.guest, self.peer, data);
+        let header =
+            OffloadHeader { gso: Gso::UdpL4, segment_size: segment, ..OffloadHeader::NONE };
+        let (now, out) = (self.net.now, &mut self.net.out);
+        self.net.nat.from_guest(PORT, &[GuestFrame { bytes: &bytes, header }], now, out);
+        self.net.settle();
+    }
+
+    /// The lengths of what the socket has sent, and of the datagrams in each.
+    fn sent(&self, index: usize) -> Vec<(usize, u16)> {
+        let sent = self.net.kernel.sent(index);
+        sent.iter().map(|sent| (sent.bytes.len(), sent.segment)).collect()
     }
 
     fn reply(&mut self, index: usize, from: SocketAddr, data: &[u8]) {
@@ -292,6 +308,75 @@ fn a_frame_to_be_cut_is_sent_in_one_piece_where_the_system_can() {
     }
 }
 
+/// A socket that has refused several datagrams at once is not asked again. Another is.
+#[test]
+fn a_socket_that_refuses_segments_gets_no_more() {
+    each(|mut pair| {
+        let (guest, peer) = (pair.guest, pair.peer);
+        pair.send(&[]);
+        pair.sent(0);
+        let refused = SocketError::TooLong;
+        pair.net.kernel.with(0, |peer| peer.datagrams.failures.push_back(refused));
+        for _ in 0..2 {
+            pair.send_to_be_cut(&[1; 250], 100);
+            assert_eq!(pair.sent(0), [(100, 0), (100, 0), (50, 0)]);
+            let frames: Vec<_> = (0..3).map(|n| udp_frame(guest, peer, &[n; 100])).collect();
+            pair.net.send(&frames);
+            assert_eq!(pair.sent(0), [(100, 0); 3]);
+        }
+        let counted = [Counter::SegmentsRefused, Counter::TooLong].map(|one| pair.counted(one));
+        assert_eq!(counted, [1, 0]);
+        pair.peer.set_port(99);
+        pair.send_to_be_cut(&[1; 250], 100);
+        assert_eq!(pair.sent(1), [(250, 100)]);
+    });
+}
+
+/// The system takes so many bytes in one piece, whether the guest has left them to be cut or they are
+/// datagrams of one batch.
+#[test]
+fn a_piece_is_as_long_as_the_system_takes() {
+    each(|mut pair| {
+        let (guest, peer) = (pair.guest, pair.peer);
+        pair.send_to_be_cut(&[1; 65_500], 1100);
+        assert_eq!(pair.sent(0), [(59 * 1100, 1100), (600, 0)]);
+        // 65,000 bytes are one piece.
+        pair.send_to_be_cut(&[1; 65_005], 1300);
+        assert_eq!(pair.sent(0), [(65_000, 1300), (5, 0)]);
+        let frames: Vec<_> = (0..60).map(|n| udp_frame(guest, peer, &[n; 1300])).collect();
+        pair.net.send(&frames);
+        assert_eq!(pair.sent(0), [(50 * 1300, 1300), (10 * 1300, 1300)]);
+        let frames: Vec<_> = (0..60).map(|n| udp_frame(guest, peer, &[n; 1301])).collect();
+        pair.net.send(&frames);
+        assert_eq!(pair.sent(0), [(49 * 1301, 1301), (11 * 1301, 1301)]);
+        // A datagram that is longer than a piece is one.
+        pair.send(&[1; 65_300]);
+        pair.send_to_be_cut(&[1; 65_300], 65_200);
+        assert_eq!(pair.sent(0), [(65_300, 0), (65_200, 0), (100, 0)]);
+    });
+}
+
+/// A frame that is to be cut and is one datagram is sent as one, also an empty one.
+#[test]
+fn a_frame_to_be_cut_may_be_one_datagram() {
+    each(|mut pair| {
+        for len in [400, 399, 1, 0] {
+            pair.send_to_be_cut(&vec![7; len], 400);
+            assert_eq!(pair.sent(0), [(len, 0)]);
+        }
+        // It goes together with others of its size.
+        let bytes = udp_frame(pair.guest, pair.peer, &[7; 400]);
+        let header = OffloadHeader { gso: Gso::UdpL4, segment_size: 400, ..OffloadHeader::NONE };
+        let frames = [GuestFrame { bytes: &bytes, header }; 2];
+        pair.net.nat.from_guest(PORT, &frames, pair.net.now, &mut pair.net.out);
+        assert_eq!(pair.sent(0), [(800, 400)]);
+        assert_eq!(pair.counted(Counter::UdpSent), 6);
+        // The last of many is one, too.
+        pair.send_to_be_cut(&[7; 65 * 400], 400);
+        assert_eq!(pair.sent(0), [(64 * 400, 400), (400, 0)]);
+    });
+}
+
 /// A translator over the same kernel, which has changed its capabilities.
 fn remake(net: &Net) -> Net {
     let mut new = Net::new(config(false), net.out.link);
@@ -360,6 +445,72 @@ fn a_piece_is_one_frame_for_a_guest_that_takes_it() {
                 })
                 .collect();
             assert_eq!((tiny.len(), &text[..]), (5, &b"abcdefghi"[..]));
+        }
+    }
+}
+
+/// A frame to be cut is no longer than an IP packet and than the link allows. What would be longer comes in
+/// datagrams.
+#[test]
+fn a_frame_to_be_cut_is_as_long_as_its_link_allows() {
+    for v6 in [false, true] {
+        let headers = if v6 { 40 } else { 20 } + 8;
+        for (longest, most) in [(70_000, 65_535 - headers), (20_000, 20_000 - 14 - headers)] {
+            let link = Link { mtu: 1500, offloads: Offloads::ALL, longest };
+            let mut pair = Pair::with(config(false), link, v6);
+            pair.send(b"x");
+            for (len, frames) in [(most, 1), (most + 1, (most + 1usize).div_ceil(1000))] {
+                let data: Vec<u8> = (0..len).map(|n| (n / 7) as u8).collect();
+                pair.net.kernel.datagram(0, pair.peer, &data, 1000);
+                pair.net.settle();
+                assert_eq!(pair.net.out.frames.len(), frames, "{len} bytes");
+                let got: Vec<u8> = pair.got().iter().flat_map(udp_data).copied().collect();
+                assert!(got == data, "{len} bytes");
+            }
+            assert_eq!(pair.receiver.cut_count, 1);
+        }
+    }
+}
+
+/// The data of a datagram.
+fn udp_data(got: &Got) -> &[u8] {
+    match got {
+        Got::Udp { data, .. } => data,
+        other => panic!("{other:?}"),
+    }
+}
+
+/// A short frame is padded with zeros. Its checksum is complete, also for a guest that leaves it to others.
+#[test]
+fn short_frames_are_padded() {
+    for v6 in [false, true] {
+        for offloads in [Offloads::default(), Offloads::ALL] {
+            let mut pair = Pair::with(config(false), Link { offloads, ..plain_link() }, v6);
+            let (guest, peer) = (pair.guest, pair.peer);
+            pair.send(b"x");
+            pair.net.send(&[echo_request(guest.ip(), peer.ip(), 0, 0, b"")]);
+            // What was there before has no zeros.
+            pair.reply(0, peer, &[0xff; 200]);
+            pair.got();
+            let headers = 14 + if v6 { 40 } else { 20 } + 8;
+            for len in [0, 1, 3, 59usize.saturating_sub(headers), 60 - headers.min(60)] {
+                pair.reply(0, peer, &vec![0xff; len]);
+                let (frame, header) = &pair.net.out.frames[0];
+                assert_eq!(frame.len(), (headers + len).max(60));
+                assert!(frame[headers + len..].iter().all(|&byte| byte == 0), "{len} bytes");
+                let is_short = headers + len < 60;
+                let complete = is_short || offloads == Offloads::default();
+                assert_eq!(*header == OffloadHeader::NONE, complete, "{len} bytes");
+                let got = pair.got();
+                let data = vec![0xff; len];
+                assert_eq!(got, [Got::Udp { from: peer, to: guest, data }]);
+            }
+            let reply = [if v6 { 129 } else { 0 }, 0, 0, 0, 9, 9, 0, 0, 0xff];
+            pair.reply(1, SocketAddr::new(peer.ip(), 0), &reply);
+            let (frame, _) = &pair.net.out.frames[0];
+            assert_eq!(frame.len(), (headers + 1).max(60));
+            assert!(frame[headers + 1..].iter().all(|&byte| byte == 0));
+            assert_eq!(pair.got().len(), 1);
         }
     }
 }
@@ -479,6 +630,55 @@ fn errors_are_passed_on_with_who_sent_them() {
         // A flow outlives its errors.
         assert_eq!(pair.flows(), 1);
     }
+}
+
+/// The packet that an error quotes has the length of what the system has kept of it, in each of its headers. Of
+/// an echo request there is at least the header.
+#[test]
+fn a_quoted_packet_has_its_length() {
+    each(|mut pair| {
+        let (guest, peer) = (pair.guest, pair.peer);
+        let v4 = guest.is_ipv4();
+        let ip = if v4 { 20 } else { 40 };
+        pair.send(b"x");
+        pair.net.send(&[echo_request(guest.ip(), peer.ip(), 0x1234, 7, b"payload")]);
+        let icmp = Some(if v4 { (3, 1) } else { (1, 3) });
+        // The longest error has 576 bytes over IPv4 and 1,280 over IPv6.
+        let longest = if v4 { 576 } else { 1280 } - ip - 8;
+        for (index, to) in [(0, peer), (1, SocketAddr::new(peer.ip(), 0))] {
+            for kept in [0, 1, 7, 8, 9, 100, 1400] {
+                let error = DatagramError { icmp, offender: None, to, quoted: 0 };
+                pair.net.kernel.datagram_error(index, error, &vec![8; kept]);
+                pair.net.settle();
+                let got = pair.got();
+                let [Got::Icmp { message, .. }] = &got[..] else { panic!("{got:?}") };
+                let packet = &message[8..];
+                // As much is kept as fits over IPv6.
+                let kept = kept.min(1280 - 40 - 8 - 40 - 8);
+                let len = if index == 0 { 8 + kept } else { kept.max(8) };
+                assert_eq!(packet.len(), (ip + len).min(longest), "{kept} bytes");
+                let word =
+                    |at: usize| usize::from(u16::from_be_bytes([packet[at], packet[at + 1]]));
+                assert_eq!(word(if v4 { 2 } else { 4 }), if v4 { 20 + len } else { len });
+                if index == 0 {
+                    assert_eq!(word(ip + 4), len, "{kept} bytes");
+                    continue;
+                }
+                assert_eq!((packet[ip], word(ip + 4)), (if v4 { 8 } else { 128 }, 0x1234));
+                // The checksum is that of what is quoted.
+                if packet.len() == ip + len {
+                    let quoted = &packet[ip..];
+                    let is_right = match (guest.ip(), peer.ip()) {
+                        (IpAddr::V6(from), IpAddr::V6(to)) => {
+                            Icmpv6Packet::new_checked(quoted).unwrap().verify_checksum(&from, &to)
+                        }
+                        _ => Icmpv4Packet::new_checked(quoted).unwrap().verify_checksum(),
+                    };
+                    assert!(is_right, "{kept} bytes");
+                }
+            }
+        }
+    });
 }
 
 /// A datagram that the kernel refuses because of an earlier one's error is sent again. Where the system
@@ -719,9 +919,12 @@ fn an_echo_request_is_answered() {
         // Neither what is no reply, nor what is cut short, nor another's.
         pair.reply(0, SocketAddr::new(peer, 0), &message(3));
         pair.reply(0, SocketAddr::new(peer, 0), &message(reply)[..7]);
+        let mut with_code = message(reply);
+        with_code[1] = 1;
+        pair.reply(0, SocketAddr::new(peer, 0), &with_code);
         let other = if v4 { "192.0.2.9:0" } else { "[2001:db8::9]:0" };
         pair.reply(0, other.parse().unwrap(), &message(reply));
-        assert_eq!((pair.got(), pair.counted(Counter::IcmpType)), (vec![], 2));
+        assert_eq!((pair.got(), pair.counted(Counter::IcmpType)), (vec![], 3));
         assert_eq!(pair.counted(Counter::NotAsked), 1);
         // A long one comes in fragments.
         let long = [&[reply, 0, 0, 0, 9, 9, 0, 8][..], &[5; 8000]].concat();

@@ -62,6 +62,29 @@ fn a_checksum_may_be_left_alone() {
     }
 }
 
+/// Goal: the padding of a short frame has nothing of frames that were built at the same place before, and its
+/// checksum is complete.
+#[test]
+fn short_segments_are_padded_with_zeros() {
+    for offloads in [Offloads::default(), Offloads::ALL] {
+        for rings_only in [false, true] {
+            let mut script = Script::new(config(rings_only), link(offloads), false);
+            script.open().run(
+                "
+                peer writes 1000
+                > P. 1:1001 ack 1
+                < . 1 ack 1001 win 512
+                peer writes 1
+                ",
+            );
+            let (frame, header) = &script.net.out.frames[0];
+            assert_eq!((frame.len(), *header), (60, OffloadHeader::NONE));
+            assert_eq!(frame[55..], [0; 5]);
+            script.run("> P. 1001:1002 ack 1");
+        }
+    }
+}
+
 /// Goal: a guest's large segment is sent whole, and its checksum, which is not complete, is not needed.
 #[test]
 fn large_segments_of_guests_are_taken_whole() {
