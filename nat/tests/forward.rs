@@ -366,6 +366,106 @@ fn a_full_forward_waits_and_does_not_spin() {
     assert_eq!(world.infos()[0].accepted, 60);
 }
 
+/// S6: a connection that its guest's port has no descriptor for waits in the backlog, and is not reset. Another
+/// port has its own.
+#[test]
+fn a_connection_waits_for_a_descriptor_of_its_port() {
+    let mut limits = config(false);
+    limits.limits.port.descriptors = 3;
+    let mut world = World::with(limits, false);
+    world.lease();
+    // A flow of the guest's own counts too.
+    let to = SocketAddr::new(world.peer.ip(), 53);
+    world.net.send(&[udp_frame(SocketAddr::new(world.guest, 4000), to, b"x")]);
+    world.add(&world.rule(Protocol::Tcp, 8080)).unwrap();
+    for port in 1..=4 {
+        world.knock(1, SocketAddr::new(world.peer.ip(), port));
+    }
+    let calls = world.net.kernel.calls().accept;
+    world.net.wait(Duration::from_millis(550));
+    let counts = |world: &World| (world.infos()[0].accepted, world.infos()[0].refused);
+    assert_eq!((counts(&world), world.segments().len()), ((2, 0), 2));
+    assert_eq!(world.net.kernel.calls().accept, calls);
+    assert!((2..20).contains(&world.counted(Counter::DescriptorLimit)));
+    let there = IpAddr::from([192, 168, 64, 3]);
+    assert!(world.net.nat.sources().lease(Port(9), [2, 0, 0, 0, 0, 3], there));
+    world.add(&ForwardRule::new(Protocol::Tcp, 8081, Guest::Address(there), 80)).unwrap();
+    let listener = world.net.kernel.len() - 1;
+    world.knock(listener, world.peer);
+    assert_eq!(world.infos().iter().map(|info| info.accepted).sum::<u64>(), 3);
+    world.net.kernel.reset(2);
+    world.net.settle();
+    world.net.wait(Duration::from_millis(150));
+    assert_eq!(world.infos().iter().map(|info| info.accepted).sum::<u64>(), 4);
+    // So it is with the network's, of which the listener has one.
+    let mut limits = config(false);
+    limits.limits.descriptors = 3;
+    let mut world = World::with(limits, false);
+    world.lease();
+    world.add(&world.rule(Protocol::Tcp, 8080)).unwrap();
+    for port in 1..=4 {
+        world.net.kernel.knock(0, SocketAddr::new(world.peer.ip(), port));
+    }
+    world.net.settle();
+    assert_eq!((counts(&world), world.counted(Counter::DescriptorLimit)), ((2, 0), 1));
+}
+
+/// A connection whose peer has gone before it was accepted is nobody's, and the next one comes in at once.
+#[test]
+fn a_peer_that_has_gone_holds_up_nobody() {
+    for error in [SocketError::Reset, SocketError::TimedOut] {
+        let mut world = World::new(false);
+        world.lease();
+        world.add(&world.rule(Protocol::Tcp, 8080)).unwrap();
+        world.net.kernel.with(0, |listener| listener.datagrams.failures.extend([error; 20]));
+        for port in 1..=21 {
+            world.net.kernel.knock(0, SocketAddr::new(world.peer.ip(), port));
+        }
+        world.net.settle();
+        let segments = world.segments();
+        let [(syn, from, _)] = &segments[..] else { panic!("{error:?}: {segments:?}") };
+        assert_eq!((&syn.flags[..], from.port()), ("S", 21));
+        let [info] = world.infos()[..] else { panic!("one forward") };
+        assert_eq!((info.accepted, info.refused), (1, 0));
+        assert_eq!((world.counted(Counter::OtherError), world.net.next.is_some()), (0, true));
+        // An error that is none of the peer's is counted, and the next one waits for a moment.
+        let broken = SocketError::Other(7);
+        world.net.kernel.with(0, |listener| listener.datagrams.failures.push_back(broken));
+        for port in 30..=31 {
+            world.knock(0, SocketAddr::new(world.peer.ip(), port));
+        }
+        assert_eq!((world.segments().len(), world.counted(Counter::OtherError)), (0, 1));
+        world.net.wait(Duration::from_millis(110));
+        assert_eq!(world.segments()[0].1.port(), 31);
+    }
+}
+
+/// A forward that waits is not looked at before its time, whoever connects to it in between, and whatever is
+/// due to another forward.
+#[test]
+fn a_forward_that_waits_is_looked_at_in_its_time() {
+    let mut world = World::new(false);
+    world.lease();
+    for (listener, port) in [(0, 8080), (1, 8081)] {
+        let mut rule = world.rule(Protocol::Tcp, port);
+        rule.max_flows = 0;
+        world.add(&rule).unwrap();
+        for n in 1..=5 {
+            world.knock(listener, SocketAddr::new(world.peer.ip(), n));
+        }
+        assert_eq!(world.counted(Counter::ForwardLimit), listener as u64 + 1);
+        world.net.wait(Duration::from_millis(50));
+    }
+    // They look every 100 ms, one 50 ms behind the other.
+    for looks in 3..10 {
+        assert_eq!(world.counted(Counter::ForwardLimit), looks);
+        world.knock(0, world.peer);
+        world.knock(1, world.peer);
+        assert_eq!(world.counted(Counter::ForwardLimit), looks);
+        world.net.wait(Duration::from_millis(50));
+    }
+}
+
 /// Removing a forward leaves its connections, unless they are to be cut.
 #[test]
 fn connections_outlive_their_forward_unless_they_are_cut() {

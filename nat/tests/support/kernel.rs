@@ -48,7 +48,7 @@ pub(crate) struct Datagrams {
     pub(crate) errors: VecDeque<(DatagramError, Vec<u8>)>,
     pub(crate) sent: Vec<Sent>,
     pub(crate) ip_fields: Option<(u8, u8)>,
-    /// What the next calls to send return instead of sending.
+    /// What the next calls to send return instead of sending, or those to accept instead of a connection.
     pub(crate) failures: VecDeque<SocketError>,
     /// Connections that wait, by their peers.
     pub(crate) backlog: VecDeque<SocketAddr>,
@@ -676,7 +676,10 @@ impl Sockets for Kernel {
         let failure = self.0.borrow().failure;
         let backlog = |peer: &mut Peer| match failure {
             Some(error) if !peer.datagrams.backlog.is_empty() => Err(error),
-            _ => peer.datagrams.backlog.pop_front().ok_or(SocketError::WouldBlock),
+            _ => {
+                let next = peer.datagrams.backlog.pop_front().ok_or(SocketError::WouldBlock)?;
+                peer.datagrams.failures.pop_front().map_or(Ok(next), Err)
+            }
         };
         let from = self.with(listener.index, backlog)?;
         Ok((self.accepted(from), from))
