@@ -164,10 +164,8 @@ struct Forward<T> {
     guest_port: u16,
     max_flows: usize,
     listener: Listener<T>,
-    /// Whether there may be connections in the backlog.
-    ready: bool,
     wait: GuestWait,
-    /// When to look again. 0 is never.
+    /// When to look again, because there may be connections in the backlog. 0 is never.
     look_at: u64,
     accepted: u64,
     refused: u64,
@@ -302,7 +300,6 @@ impl<T> Forwards<T> {
             guest_port,
             max_flows: rule.max_flows,
             listener,
-            ready: false,
             wait: GuestWait::default(),
             look_at: 0,
             accepted: 0,
@@ -381,13 +378,12 @@ impl<T> Forwards<T> {
         tcp: &mut Tcp<T>,
         io: &mut Io<'_, S>,
     ) {
-        if let Some(forward) = self.forwards.get_mut(id) {
-            forward.ready = true;
-            // A connection that waits for a time goes on waiting.
-            if forward.look_at == 0 {
-                let next = forward.take(tcp, io);
-                self.look_again(id, next);
-            }
+        // A connection that waits for a time goes on waiting.
+        if let Some(forward) = self.forwards.get_mut(id)
+            && forward.look_at == 0
+        {
+            let next = forward.take(tcp, io);
+            self.look_again(id, next);
         }
     }
 
@@ -428,9 +424,6 @@ impl<T> Forward<T> {
     fn take<S: Sockets<Socket = T>>(&mut self, tcp: &mut Tcp<T>, io: &mut Io<'_, S>) -> u64 {
         let Listener::Tcp(listener) = &self.listener else { return 0 };
         for _ in 0..ACCEPTS_AT_ONCE {
-            if !self.ready {
-                return 0;
-            }
             let guest = io.sources.resolve(self.guest, self.at.is_ipv4());
             if self.wait.goes_on(guest.is_some(), io.now) {
                 return io.now + GUEST_LOOK;
@@ -451,7 +444,6 @@ impl<T> Forward<T> {
             let (socket, from) = match io.sockets.accept(listener) {
                 Ok(accepted) => accepted,
                 Err(SocketError::WouldBlock) => {
-                    self.ready = false;
                     self.wait.end();
                     return 0;
                 }
