@@ -137,7 +137,8 @@ counters! {
     DnsStreamRefused,
     /// Too many queries of the port or the network wait for their answers. The guest was told.
     DnsPendingLimit,
-    /// A query that no resolver could be given, or that has met an error on its way. The guest was told.
+    /// A query that no resolver could be given, that has met an error on its way, or whose flow made way for
+    /// another. The guest was told.
     DnsFailed,
     /// A port forward waited, because it has as many flows as it may have.
     ForwardLimit,

@@ -7,8 +7,8 @@ use std::time::Duration;
 use proptest::prelude::*;
 use vmring_core::offload::{Gso, OffloadHeader};
 use vmring_nat::{
-    Counter, DatagramError, GuestFrame, NatConfig, Policy, Port, Request, Resolvers, SocketError,
-    Verdict,
+    Counter, DatagramError, ForwardRule, Guest, GuestFrame, NatConfig, Policy, Port, Protocol,
+    Request, Resolvers, SocketError, Verdict,
 };
 
 use crate::support::datagram::{Got, Receiver, udp_frame};
@@ -648,16 +648,16 @@ fn flows_of_queries_are_bounded() {
                 asker.net.wait(Duration::from_secs(1));
                 asker.ask(100, "example.com");
             } else {
-                assert_eq!((refused.len(), counted), (0, [0, 0, 15]));
+                // The guest need not wait for the answers to those that made way.
+                assert_eq!((refused.len(), counted), (15, [0, 15, 15]));
             }
             let index = asker.last().0;
             let id = if rate == 10 { 100 } else { 24 };
             asker.reply(index, &answer_to(&query(id, "example.com", A), 0));
             assert!(asker.answer().is_some());
             assert_eq!((asker.last().1, asker.counted(Counter::ResolverFailed)), (resolver(0), 0));
-            // Each query that was not answered ends, whatever has become of its flow.
             asker.net.wait(Duration::from_secs(11));
-            assert_eq!(asker.got().len(), if rate == 10 { 10 } else { 24 });
+            assert_eq!(asker.got().len(), if rate == 10 { 10 } else { 9 });
             asker.net.assert_empty();
         });
     }
@@ -675,6 +675,103 @@ fn flows_of_queries_are_bounded() {
         asker.assert_failed(&query(1, "example.com", A));
         let limited = [Counter::FlowLimit, Counter::ResolverFailed].map(|one| asker.counted(one));
         assert_eq!((asker.net.kernel.len(), limited), (1, [1, 0]));
+    });
+}
+
+/// When a flow ends that has queries, they end with it, and the guest is told of each. So a flow that is opened
+/// later counts all of its queries, and ends with the last answer. A forward that is added ends no flow of
+/// queries, which has no port of the host that is its guest's.
+#[test]
+fn queries_end_with_their_flow() {
+    for evicted in [true, false] {
+        each(|mut asker| {
+            let mut config = config(false);
+            let limits = &mut config.limits.port;
+            if evicted {
+                limits.udp_flows = 1;
+            } else {
+                limits.new_flows_per_second = 2;
+            }
+            asker = Asker::with(config, asker.guest.is_ipv6(), &[0, 1]);
+            let guest = asker.guest;
+            let asked = [1, 2].map(|id| query(id, "example.com", A));
+            for query in &asked {
+                asker.send(query);
+            }
+            let ended = if evicted {
+                // Another flow of the guest takes its place.
+                asker.ask(3, "example.com");
+                asker.guest = guest;
+                asker.got()
+            } else {
+                // It is to move, which the rate forbids.
+                asker.net.wait(Duration::from_millis(2500));
+                for id in 3..5 {
+                    asker.ask(id, "example.com");
+                }
+                asker.guest = guest;
+                assert_eq!(asker.got(), []);
+                asker.send(&asked[0]);
+                assert_eq!(asker.counted(Counter::NewFlowLimit), 1);
+                asker.got()
+            };
+            let mut ids = Vec::new();
+            for got in ended {
+                let Got::Udp { from, to, data } = got else { panic!("{got:?}") };
+                assert_eq!((from, to, data[3] & 15), (asker.gateway, guest, 2));
+                ids.push(data[1]);
+            }
+            ids.sort_unstable();
+            assert_eq!((ids, asker.counted(Counter::DnsFailed)), (vec![1, 2], 2));
+            // Both are made again.
+            asker.net.wait(Duration::from_secs(1));
+            for query in &asked {
+                asker.send(query);
+            }
+            asker.got();
+            let index = asker.last().0;
+            for query in &asked {
+                let answer = answer_to(query, 0);
+                asker.reply(index, &answer);
+                assert_eq!(asker.answer(), Some(answer));
+            }
+            asker.net.wait(Duration::from_secs(11));
+            asker.net.assert_empty();
+        });
+    }
+    // One that ends alone leaves the others their flow.
+    for expires in [true, false] {
+        each(|mut asker| {
+            asker = Asker::with(config(false), asker.guest.is_ipv6(), &[0]);
+            let asked = [1, 2].map(|id| query(id, "example.com", A));
+            asker.send(&asked[0]);
+            asker.net.wait(Duration::from_secs(8));
+            asker.send(&asked[1]);
+            if expires {
+                asker.net.wait(Duration::from_secs(3));
+            } else {
+                let error =
+                    DatagramError { icmp: None, offender: None, to: resolver(0), quoted: 0 };
+                asker.net.kernel.datagram_error(0, error, &asked[0]);
+                asker.net.settle();
+            }
+            asker.assert_failed(&asked[0]);
+            let answer = answer_to(&asked[1], 0);
+            asker.reply(0, &answer);
+            assert_eq!(asker.answer(), Some(answer));
+            asker.net.assert_empty();
+        });
+    }
+    each(|mut asker| {
+        let asked = query(1, "example.com", A);
+        asker.send(&asked);
+        let guest = Guest::Address(asker.guest.ip());
+        let rule = ForwardRule::new(Protocol::Udp, asker.guest.port(), guest, 80);
+        asker.net.kernel.0.borrow_mut().ports_in_use.push(rule.port);
+        let (now, out) = (asker.net.now, &mut asker.net.out);
+        assert!(asker.net.nat.add_forward(&rule, now, out).is_err());
+        asker.reply(0, &answer_to(&asked, 0));
+        assert!(asker.answer().is_some());
     });
 }
 

@@ -85,7 +85,7 @@ impl<T> Datagrams<T> {
                 // One that has been answered meanwhile is not told of.
                 self.fail_query(key, mac, Some(u16::from_be_bytes([high, low])), io);
             }
-            _ => while self.fail_query(key, mac, None, io) {},
+            _ => self.fail_queries(key, mac, io),
         }
     }
 

@@ -64,7 +64,6 @@ impl<T> Datagrams<T> {
     ) {
         let key = packet.key;
         let mut out = [0; DNS_ANSWER_MAX];
-        let mut last = None;
         // A resolver that fails at once is passed over, until each has been asked.
         for _ in 0..io.dns.list().len().max(1) {
             let asker = (key.port, key.guest);
@@ -86,17 +85,24 @@ impl<T> Datagrams<T> {
                     let (counter, is_resolvers) =
                         opened.err().unwrap_or((Counter::FlowLimit, false));
                     io.count(key.port, counter);
-                    if is_resolvers {
-                        io.dns.failed(key.port, to.ip(), io.ports, io.now);
-                    }
-                    last = Some(u16::from_be_bytes([message[0], message[1]]));
                     if !is_resolvers {
                         break;
                     }
+                    io.dns.failed(key.port, to.ip(), io.ports, io.now);
                 }
             }
         }
-        self.fail_query(&key, packet.datagram.mac, last, io);
+        self.fail_queries(&key, packet.datagram.mac, io);
+    }
+
+    /// Gives up all queries of a flow, which has ended or cannot be opened, and tells the guest of each.
+    pub(crate) fn fail_queries<S: Sockets<Socket = T>>(
+        &mut self,
+        key: &Key,
+        mac: [u8; 6],
+        io: &mut Io<'_, S>,
+    ) {
+        while self.fail_query(key, mac, None, io) {}
     }
 
     /// Gives up a query, or without an identifier any of this flow, and tells the guest. Returns whether

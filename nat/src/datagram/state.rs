@@ -133,11 +133,14 @@ impl<T> Datagrams<T> {
         let Some(why) = full(self, io) else { return Ok(()) };
         // The oldest that is no stream.
         while let Some(id) = self.young(key, forward).and_then(|young| young.queue.pop_front()) {
-            if self.flows.get_mut(id).is_some_and(|flow| !flow.stream) {
-                io.count(key.port, Counter::Evicted);
-                self.remove(id, io);
-                break;
+            let Some(flow) = self.flows.peek(id).filter(|flow| !flow.stream) else { continue };
+            let (key, mac, has_queries) = (flow.key, flow.mac, flow.dns);
+            io.count(key.port, Counter::Evicted);
+            self.remove(id, io);
+            if has_queries {
+                self.fail_queries(&key, mac, io);
             }
+            break;
         }
         match full(self, io) {
             None => Ok(()),
@@ -268,7 +271,8 @@ impl<T> Datagrams<T> {
     /// Ends the flows that may have a port of the host because it is their guest's, so that a guest does not
     /// keep a forward from being added. They are opened again with another port.
     pub(crate) fn give_up_port<S: Sockets<Socket = T>>(&mut self, port: u16, io: &mut Io<'_, S>) {
-        self.remove_where(io, |flow| !flow.inbound && flow.key.guest.port() == port);
+        let is_guests = |flow: &Flow| !flow.inbound && !flow.dns;
+        self.remove_where(io, |flow| is_guests(flow) && flow.key.guest.port() == port);
     }
 
     /// Closes the socket of a port forward, and ends its flows.
