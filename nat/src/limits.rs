@@ -91,6 +91,9 @@ pub const DEBT_MAX: u64 = 1_000_000;
 
 /// After so many bytes to a guest, the socket is asked again what it costs.
 pub const ASK_AFTER: u32 = 1 << 20;
+/// The largest segment that a guest is asked for, whatever its MTU is, in bytes. Linux's first send buffer of
+/// a socket takes four of these.
+pub const ASKED_MSS: u16 = 16_000;
 /// The bytes of a block that holds what the kernel did not take of a batch.
 pub const SPILL_BLOCK: usize = 64 * 1024;
 /// The most of these blocks: 4 MiB. One port has at most three quarters of them.

@@ -10,8 +10,8 @@ use crate::dns::stream::Stream;
 use crate::endpoint::Endpoint;
 use crate::io::Io;
 use crate::limits::{
-    MAX_WINDOW_SHIFT, MIN_MSS, PROBE_AFTER, RETRANSMIT_FIRST, RETRANSMIT_MAX, TAIL_PROBE,
-    WINDOW_SHIFT,
+    ASKED_MSS, MAX_WINDOW_SHIFT, MIN_MSS, PROBE_AFTER, RETRANSMIT_FIRST, RETRANSMIT_MAX,
+    TAIL_PROBE, WINDOW_SHIFT,
 };
 use crate::output::{Full, Link, Port};
 use crate::packet::Addresses;
@@ -426,7 +426,7 @@ impl<T> Flow<T> {
             // SYN offers scaling. SYN,ACK does so only if the guest has.
             let shift = if flags.ack { self.rcv_shift } else { WINDOW_SHIFT };
             let offers = !flags.ack || self.rcv_shift > 0;
-            header.options = Some((largest_mss(self.key.guest, &link), offers.then_some(shift)));
+            header.options = Some((asked_mss(self.key.guest, &link), offers.then_some(shift)));
         }
         send_header(io, self.key.port, &header)
     }
@@ -507,4 +507,11 @@ pub(crate) fn largest_mss(guest: Endpoint, link: &Link) -> u16 {
     let headers = if guest.is_ipv4() { 40 } else { 60 };
     let longest = (link.mtu as usize).min(link.longest.saturating_sub(14));
     longest.saturating_sub(headers).clamp(MIN_MSS.into(), u16::MAX.into()) as u16
+}
+
+/// The largest segment that the guest is asked for. Many stacks send nothing while less than a segment fits
+/// into the window. So a window has to be several segments, also while the socket has its first buffer: else
+/// the guest waits for bytes to leave a buffer that was never full, of which the system says nothing.
+pub(crate) fn asked_mss(guest: Endpoint, link: &Link) -> u16 {
+    largest_mss(guest, link).min(ASKED_MSS)
 }

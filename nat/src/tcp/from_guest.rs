@@ -16,7 +16,7 @@ use crate::retained::Retained;
 use crate::seq::Seq;
 use crate::sockets::{SocketError, Sockets};
 use crate::stats::Counter;
-use crate::tcp::flow::{Ending, Flow, Phase, largest_mss, send_header};
+use crate::tcp::flow::{Ending, Flow, Phase, asked_mss, send_header};
 use crate::tcp::memory::Memory;
 use crate::tcp::segment::{Flags, Header, Segment};
 
@@ -577,7 +577,7 @@ impl<T> Flow<T> {
     /// than that if it leaves the cutting to others. Half of the average is counted on, so that a guest
     /// whose frames become shorter fills no more places at once.
     fn guest_frame<S: Sockets<Socket = T>>(&self, io: &Io<'_, S>) -> (u32, u32) {
-        let mss = u32::from(largest_mss(self.key.guest, &io.out.link(self.key.port)));
+        let mss = u32::from(asked_mss(self.key.guest, &io.out.link(self.key.port)));
         (mss, mss.max(u32::from(self.share.per_frame) / 2))
     }
 
@@ -594,7 +594,7 @@ impl<T> Flow<T> {
 
     /// By how much the window has to grow before the guest is told.
     fn worthwhile<S: Sockets<Socket = T>>(&self, io: &mut Io<'_, S>) -> u32 {
-        let mss: u32 = largest_mss(self.key.guest, &io.out.link(self.key.port)).into();
+        let (mss, _) = self.guest_frame(io);
         mss.min(self.space.capacity / 4).max(1)
     }
 
@@ -603,7 +603,8 @@ impl<T> Flow<T> {
         &mut self,
         io: &mut Io<'_, S>,
     ) -> Result<(), SocketError> {
-        let low = 2 * self.worthwhile(io);
+        let (segment, _) = self.guest_frame(io);
+        let low = segment.max(2 * self.worthwhile(io));
         let is_low = !self.guest_fin && self.rcv_edge.since(self.rcv_nxt) < low;
         let Some(socket) = &self.socket else { return Ok(()) };
         if is_low && self.just_writable && self.spill.is_none() {

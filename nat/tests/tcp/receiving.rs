@@ -291,7 +291,7 @@ fn a_large_segment_and_a_small_buffer_do_not_deadlock() {
         "
         < S 0 win 65535 mss 65480 ws 7
         peer connects
-        > S. 0 ack 1 win 65535 mss 65480
+        > S. 0 ack 1 win 65535 mss 16000
         < . 1 ack 1 win 512
         < P. 1:65481 ack 1 win 512
         & P. 65481:65536 ack 1 win 512
@@ -304,6 +304,38 @@ fn a_large_segment_and_a_small_buffer_do_not_deadlock() {
         peer got 92160
         ",
     );
+}
+
+/// Goal: a guest that sends nothing while its window is less than a segment is told when there is space.
+/// Method: its last batch leaves such a window, and does not fill the socket, so that the socket says of
+/// itself nothing of the space.
+#[test]
+fn a_guest_that_waits_for_a_whole_segment_is_told() {
+    for v6 in [false, true] {
+        let link = vmring_nat::Link { mtu: 65_520, longest: 65_534, ..plain_link() };
+        let mut script = Script::new(config(false), link, v6);
+        {
+            let mut world = script.net.kernel.0.borrow_mut();
+            (world.capacity, world.understated) = (100_000, 70_000);
+        }
+        script.run(
+            "
+            < S 0 win 65535 mss 65460 ws 7
+            peer connects
+            > S. 0 ack 1 win 60000 mss 16000
+            < . 1 ack 1 win 512
+            < P. 1:32001 ack 1 win 512
+            & P. 32001:45001 ack 1 win 512
+            > . 1 ack 45001 win 58
+            peer got 45000
+            nothing
+            peer reads 45000
+            wait 100
+            > . 1 ack 45001 win 234
+            nothing
+            ",
+        );
+    }
 }
 
 /// Goal: a buffer that the system makes larger only when somebody has filled it becomes larger, if the
