@@ -34,13 +34,19 @@ impl Selector {
         Ok(Self { fd: unsafe { OwnedFd::from_raw_fd(fd) } })
     }
 
-    /// Adds a descriptor, whose readiness is reported as `token`.
+    /// Adds a descriptor, whose readiness is reported as `token`. If it is in the set, `token` takes the
+    /// place of its token.
     ///
     /// # Errors
     ///
     /// What the system says of a descriptor that it cannot wait for, such as that of a regular file.
     pub(crate) fn add(&self, fd: RawFd, token: u64) -> io::Result<()> {
-        self.control(libc::EPOLL_CTL_ADD, fd, token)
+        match self.control(libc::EPOLL_CTL_ADD, fd, token) {
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                self.control(libc::EPOLL_CTL_MOD, fd, token)
+            }
+            outcome => outcome,
+        }
     }
 
     /// Takes a descriptor out, which is open.
@@ -85,7 +91,8 @@ impl Selector {
         Ok(Self { fd: unsafe { OwnedFd::from_raw_fd(fd) } })
     }
 
-    /// Adds a descriptor, whose readiness is reported as `token`.
+    /// Adds a descriptor, whose readiness is reported as `token`. If it is in the set, `token` takes the
+    /// place of its token.
     ///
     /// # Errors
     ///
@@ -163,6 +170,11 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
+    /// Returns the descriptor that is watched.
+    pub(crate) fn descriptor(&self) -> Option<RawFd> {
+        self.of.map(|(fd, ..)| fd)
+    }
+
     /// Returns the token of the descriptor that is watched.
     pub(crate) fn token(&self) -> Option<u64> {
         self.of.map(|(_, _, token)| token)

@@ -270,6 +270,34 @@ fn a_packet_that_nobody_can_take_does_not_keep_the_poller_awake() {
     });
 }
 
+/// Goal: a ring that takes the place of one that is gone sleeps on the descriptor that this one slept on.
+/// The device keeps it open, so the system still knows it.
+#[test]
+fn the_next_ring_of_a_device_sleeps_on_its_descriptor() {
+    guarded(|| {
+        let poller = Poller::builder().idle(vmring::IdlePolicy::PARK).start().unwrap();
+        let (mut far, near) = UnixStream::pair().unwrap();
+        near.set_nonblocking(true).unwrap();
+        let looks = Arc::<AtomicU64>::default();
+        let interface = Interface::builder().device(Start(near, looks.clone())).start().unwrap();
+        for number in 0..3 {
+            stage(format!("ring {number}"));
+            let builder = interface.ring(Direction::Read).drive(Drive::Shared(&poller));
+            let mut ring = builder.build().unwrap();
+            post(&mut ring, number);
+            thread::sleep(Duration::from_millis(20)); // long enough that the ring sleeps
+            let before = looks.load(Ordering::Relaxed);
+            thread::sleep(Duration::from_millis(50));
+            let woken = looks.load(Ordering::Relaxed) - before;
+            assert!(woken < 5, "woken {woken} times for nothing");
+            far.write_all(&[1]).unwrap();
+            assert_eq!(reap_n(&mut ring, 1)[0].brief(), (RingOp::Read, number, Ok(60)));
+            post(&mut ring, number);
+            thread::sleep(Duration::from_millis(20));
+        }
+    });
+}
+
 /// Like `a_busy_ring_does_not_hold_up_its_neighbours_times`, for a ring that sleeps on its device's
 /// descriptor.
 #[test]

@@ -182,6 +182,35 @@ fn a_peer_that_dies_in_a_frame_is_followed_by_the_next() {
     });
 }
 
+/// Goal: a restart leaves a descriptor that was given as it is, and the owner of an inline ring can sleep
+/// on it again.
+#[test]
+fn a_given_descriptor_is_armed_again_after_a_restart() {
+    guarded(|| {
+        let (ours, mut peer) = UnixStream::pair().expect("a pair of sockets");
+        let interface = start(Socket::stream().from_fd(ours.into()));
+        let builder = interface.ring(Direction::Both).drive(Drive::Inline);
+        let mut ring = builder.build().expect("a ring");
+        assert!(ring.completion_fd().is_ok());
+        for number in 0..3 {
+            post(&mut ring, number);
+            eventually("the ring is armed", || {
+                reap(&mut ring);
+                ring.arm()
+            });
+            write_framed(&mut peer, &packet(number, 60));
+            assert_eq!(receive(&mut ring), packet(number, 60));
+            thread::scope(|scope| {
+                let restart = scope.spawn(|| interface.restart(LONG));
+                eventually("it starts again", || {
+                    reap(&mut ring);
+                    restart.is_finished()
+                });
+            });
+        }
+    });
+}
+
 /// Goal: what a peer has sent before it ends is delivered, even if a write finds it gone first.
 #[test]
 fn a_peers_last_frames_are_delivered_after_its_end() {

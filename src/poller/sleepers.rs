@@ -5,6 +5,7 @@
 //! ring that falls asleep again costs no system call. The cost of a sleep does not grow with the number
 //! of rings.
 
+use std::collections::HashMap;
 use std::os::fd::RawFd;
 use std::time::{Duration, Instant};
 
@@ -24,8 +25,8 @@ pub(super) struct Sleepers {
     timed: Vec<usize>,
     /// The descriptors, once there is one, and the notifier's.
     selector: Option<Selector>,
-    /// How many descriptors are in the selector besides the notifier's.
-    watched: usize,
+    /// The descriptors in the selector besides the notifier's, and the places that watch them.
+    watched: HashMap<RawFd, usize>,
     /// How many were ever added.
     added: u32,
     /// How many rings sleep here.
@@ -55,6 +56,7 @@ impl Sleepers {
             self.places.resize(places, Sleeper::default());
         }
         self.timed.reserve(self.places.len().saturating_sub(self.timed.len()));
+        self.watched.reserve(self.places.len().saturating_sub(self.watched.len()));
     }
 
     /// Takes up a ring that falls asleep: until `deadline`, or until the descriptor of its `device` is
@@ -81,10 +83,13 @@ impl Sleepers {
     }
 
     /// Watches the descriptor of a ring. Returns whether the system does it.
+    ///
+    /// A selector has one token for a descriptor. So if two rings have the same one, which may be two
+    /// rings of one device, only the first is watched.
     fn watch(&mut self, place: usize, device: Option<(RawFd, u64)>, notifier: &Notifier) -> bool {
         let watch = &mut self.places[place].watch;
-        let before = watch.token().is_some();
-        if device.is_none() && !before {
+        let before = watch.descriptor();
+        if device.is_none() && before.is_none() {
             return true;
         }
         if self.selector.is_none() {
@@ -92,18 +97,19 @@ impl Sleepers {
         }
         let Some(selector) = &self.selector else { return false };
         let (fd, queue) = device.map_or((None, 0), |(fd, queue)| (Some(fd), queue));
+        let free = fd.filter(|fd| self.watched.get(fd).is_none_or(|of| *of == place));
         let added = &mut self.added;
         let token = || {
             *added = added.wrapping_add(1);
             u64::from(*added) << 32 | place as u64
         };
-        let done = watch.set(selector, fd, queue, token).is_ok();
-        match (before, watch.token().is_some()) {
-            (false, true) => self.watched += 1,
-            (true, false) => self.watched -= 1,
-            _ => {}
+        let done = watch.set(selector, free, queue, token).is_ok();
+        let now = watch.descriptor();
+        if now != before {
+            before.and_then(|fd| self.watched.remove(&fd));
+            now.and_then(|fd| self.watched.insert(fd, place));
         }
-        done
+        done && free == fd
     }
 
     /// Notes that a ring is polled again. Its descriptor stays in the selector.
@@ -115,7 +121,7 @@ impl Sleepers {
     pub(super) fn forget(&mut self, place: usize) {
         self.remove(place);
         let sleeper = &mut self.places[place];
-        self.watched -= usize::from(sleeper.watch.token().is_some());
+        sleeper.watch.descriptor().and_then(|fd| self.watched.remove(&fd));
         // The place is in the list of those with a deadline until the list is gone through.
         *sleeper = Sleeper { timed: sleeper.timed, ..Sleeper::default() };
     }
@@ -135,7 +141,7 @@ impl Sleepers {
         let mut readable = Readable::default();
         if !has_news() {
             match &self.selector {
-                Some(selector) if self.watched > 0 => {
+                Some(selector) if !self.watched.is_empty() => {
                     let places = &mut self.places;
                     bell.parker().park_selecting(timeout, selector, |token| {
                         readable.found(places, token, &mut wake);
@@ -165,7 +171,7 @@ impl Sleepers {
         self.polls = 0;
         let now = now();
         if let Some(selector) = &self.selector
-            && self.watched > 0
+            && !self.watched.is_empty()
             && self.next_check.is_none_or(|next| now >= next)
         {
             self.next_check = now.checked_add(SLEEPER_CHECK_INTERVAL);
@@ -205,14 +211,12 @@ impl Sleepers {
     /// Begins a new selector, because the old one goes on reporting a descriptor that was closed.
     fn renew(&mut self, notifier: &Notifier) {
         self.selector = new_selector(notifier);
-        self.watched = 0;
         for (place, sleeper) in self.places.iter_mut().enumerate() {
-            let had = sleeper.watch.token().is_some();
+            let Some(fd) = sleeper.watch.descriptor() else { continue };
             let renewed =
                 self.selector.as_ref().is_some_and(|one| sleeper.watch.renew(one).is_ok());
-            if had && renewed {
-                self.watched += 1;
-            } else if had {
+            if !renewed {
+                self.watched.remove(&fd);
                 sleeper.watch = Watch::default();
                 if sleeper.asleep {
                     sleeper.wake_soon();
@@ -300,7 +304,7 @@ mod tests {
             (&pairs[place].1).write_all(&[1]).unwrap();
             assert_eq!(slept(&mut sleepers, &bell), [place]);
         }
-        assert_eq!((sleepers.asleep, sleepers.watched), (97, 100));
+        assert_eq!((sleepers.asleep, sleepers.watched.len()), (97, 100));
         // Those that are awake are readable still, and nobody is told again.
         bell.parker().unpark();
         assert!(slept(&mut sleepers, &bell).is_empty());
@@ -330,7 +334,39 @@ mod tests {
             bell.parker().unpark();
         }
         assert_eq!(woken, [1]);
-        assert_eq!((sleepers.asleep, sleepers.watched), (0, 1));
+        assert_eq!((sleepers.asleep, sleepers.watched.len()), (0, 1));
+    }
+
+    #[test]
+    fn the_next_ring_of_a_descriptor_is_watched() {
+        let (bell, mut sleepers) = (bell(), Sleepers::default());
+        sleepers.reserve(2);
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let device = Some((near.as_raw_fd(), 0));
+        sleepers.add(0, None, device, bell.parker());
+        sleepers.forget(0);
+        sleepers.add(1, None, device, bell.parker());
+        assert!(sleepers.timed.is_empty(), "it is polled again without a reason");
+        far.write_all(&[1]).unwrap();
+        assert_eq!(slept(&mut sleepers, &bell), [1]);
+    }
+
+    #[test]
+    fn of_two_rings_on_one_descriptor_one_is_watched() {
+        let (bell, mut sleepers) = (bell(), Sleepers::default());
+        sleepers.reserve(2);
+        let (near, mut far) = UnixStream::pair().unwrap();
+        let device = Some((near.as_raw_fd(), 0));
+        sleepers.add(0, None, device, bell.parker());
+        sleepers.add(1, None, device, bell.parker());
+        assert_eq!(slept(&mut sleepers, &bell), [1]);
+        far.write_all(&[1]).unwrap();
+        assert_eq!(slept(&mut sleepers, &bell), [0]);
+        // The first one watches it no more, so the second one does.
+        sleepers.add(0, None, None, bell.parker());
+        sleepers.add(1, None, device, bell.parker());
+        assert_eq!((sleepers.asleep, sleepers.timed.len()), (1, 0));
+        assert_eq!(slept(&mut sleepers, &bell), [1]);
     }
 
     #[test]
@@ -339,7 +375,7 @@ mod tests {
         sleepers.reserve(1);
         sleepers.add(0, None, Some((-1, 0)), bell.parker());
         assert_eq!(slept(&mut sleepers, &bell), [0]);
-        assert_eq!((sleepers.asleep, sleepers.watched), (0, 0));
+        assert_eq!((sleepers.asleep, sleepers.watched.len()), (0, 0));
     }
 
     #[test]
