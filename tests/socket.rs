@@ -182,6 +182,33 @@ fn a_peer_that_dies_in_a_frame_is_followed_by_the_next() {
     });
 }
 
+/// Goal: the ring sleeps on the connection of the peer that is there. Method: the next peer connects before
+/// the last one goes, so the system may give the new connection the descriptor of the old one. Each frame
+/// would wait for seconds, until the wire is polled in any case.
+#[test]
+fn each_peer_wakes_the_ring() {
+    every_way(|way, poller| {
+        let folder = Folder::new();
+        let path = folder.path("wire");
+        let interface = start(Socket::stream().listen(&path));
+        let builder = interface.ring(Direction::Both).idle(vmring::IdlePolicy::PARK);
+        let mut ring = builder.drive(way.drive(poller)).build().expect("a ring");
+        let mut next = UnixStream::connect(&path).expect("it listens");
+        post(&mut ring, 1);
+        for peer in 0..4 {
+            let mut current = next;
+            for frame in 0..10 {
+                stage(format!("peer {peer}, frame {frame}"));
+                post(&mut ring, 1);
+                thread::sleep(Duration::from_millis(2)); // long enough that the ring sleeps
+                write_framed(&mut current, &packet(peer, 60));
+                assert_eq!(receive(&mut ring), packet(peer, 60));
+            }
+            next = UnixStream::connect(&path).expect("it listens");
+        }
+    });
+}
+
 /// Goal: a restart leaves a descriptor that was given as it is, and the owner of an inline ring can sleep
 /// on it again.
 #[test]

@@ -244,6 +244,9 @@ pub trait Queue: Send {
     /// Returns a descriptor that is readable when there is something to do, if the device has one.
     /// The poller sleeps on it, while reads are posted or the queue keeps slots. It calls this method
     /// when the queue is opened and after each [`arm`](Self::arm).
+    ///
+    /// The poller takes an equal number for the same file. So a queue that goes from one file to another
+    /// opens the second before it closes the first.
     fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         None
     }

@@ -344,6 +344,10 @@ fn part(connection: &Connection) {
 pub(super) struct Handle {
     link: Arc<Link>,
     current: Option<Arc<Connection>>,
+    /// The connection before, until there is another one. While it is open, the system gives its
+    /// descriptor to no other. Otherwise the next connection could have it, and who sleeps on a
+    /// descriptor could not see that it is another file.
+    last: Option<Arc<Connection>>,
     listener: Option<Arc<OwnedFd>>,
     /// Whether the link waits for a time, and not for its listener.
     is_paused: bool,
@@ -360,7 +364,7 @@ impl Handle {
             _ => None,
         };
         drop(state);
-        Self { link, current: None, listener, is_paused: false, version: 0, reads }
+        Self { link, current: None, last: None, listener, is_paused: false, version: 0, reads }
     }
 
     pub(super) fn counters(&self) -> &Counters {
@@ -384,16 +388,25 @@ impl Handle {
 
     #[cold]
     fn look(&mut self) -> Result<(), Status> {
-        self.current = None;
+        self.forget_current();
         let mut state = lock(&self.link.state);
         if let Some(status) = state.over {
             return Err(status);
         }
         self.current = self.link.establish(&mut state);
+        if self.current.is_some() {
+            self.last = None;
+        }
         self.is_paused = state.not_before.is_some();
         // Under the lock, so it belongs to what was just seen.
         self.version = self.link.version.load(Ordering::Relaxed);
         Ok(())
+    }
+
+    fn forget_current(&mut self) {
+        if let Some(connection) = self.current.take() {
+            self.last = Some(connection);
+        }
     }
 
     /// Ends a connection.
@@ -403,7 +416,7 @@ impl Handle {
     /// The status with which the ring closes, if there will be no other one.
     #[cold]
     pub(super) fn end(&mut self, connection: &Arc<Connection>, end: End) -> Result<(), Status> {
-        self.current = None;
+        self.forget_current();
         self.link.end(connection, end).map_or(Ok(()), Err)
     }
 
