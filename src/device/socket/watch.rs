@@ -29,11 +29,16 @@ impl Watch {
         if self.set.as_ref().is_some_and(is_watched) {
             return;
         }
-        self.set = None;
-        match watch(socket.as_raw_fd(), reads) {
-            Ok(queue) => self.set = Some(Set { queue, connection, reads }),
-            Err(error) => tracing::warn!(%error, "a wire cannot wait for its peer"),
-        }
+        // The old set is closed after the new one is open. Otherwise both could have the same
+        // descriptor, and who sleeps on it could not see that it is another set.
+        let new = watch(socket.as_raw_fd(), reads);
+        self.set = match new {
+            Ok(queue) => Some(Set { queue, connection, reads }),
+            Err(error) => {
+                tracing::warn!(%error, "a wire cannot wait for its peer");
+                None
+            }
+        };
     }
 
     pub(super) fn descriptor(&self) -> Option<BorrowedFd<'_>> {
