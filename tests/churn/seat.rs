@@ -234,9 +234,21 @@ impl Seat {
         self.restarts_before + self.control.stats().restarts == restarts
     }
 
-    /// What the engine has done so far that it would not do if it slept.
-    pub(crate) fn activity(&self) -> u64 {
+    /// What was done so far.
+    pub(crate) fn activity(&self) -> Activity {
         let stats = self.control.stats();
-        stats.parks + stats.notifications + self.control.doorbells()
+        Activity {
+            parks: stats.parks,
+            notifications: stats.notifications,
+            doorbells: self.control.doorbells(),
+        }
     }
+}
+
+/// What an engine does not do while it sleeps.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct Activity {
+    parks: u64,
+    notifications: u64,
+    doorbells: u64,
 }

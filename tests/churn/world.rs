@@ -16,7 +16,7 @@ use crate::churn::counted::{Counted, Counts};
 use crate::churn::frontend::{Front, PACKET};
 use crate::churn::nasty::Inside;
 use crate::churn::operation::{KINDS, Operation, PLACES, Part, Plan, Shape, Step, Task, Way};
-use crate::churn::seat::{Reaps, Seat, new_number};
+use crate::churn::seat::{Activity, Reaps, Seat, new_number};
 use crate::churn::setup::{Identified, Setup, Under};
 use crate::churn::{PATIENCE, QUIET, lock, processor};
 use crate::support::stage;
@@ -785,10 +785,11 @@ impl World {
         }
     }
 
-    /// What anybody has done who would not do it in his sleep.
-    fn activity(&self) -> u64 {
-        let calls: u64 = self.interfaces.iter().map(|port| port.counts.calls()).sum();
-        calls + self.seats().iter().map(|seat| seat.activity()).sum::<u64>()
+    /// What has been done that nobody does who sleeps: calls of each interface's device, and the
+    /// activity of each ring.
+    fn activity(&self) -> (Vec<u64>, Vec<Activity>) {
+        let calls = self.interfaces.iter().map(|port| port.counts.calls()).collect();
+        (calls, self.seats().iter().map(|seat| seat.activity()).collect())
     }
 
     fn assert_quiet(&self) {
@@ -817,7 +818,10 @@ impl World {
             if now == before {
                 break;
             }
-            assert!(start.elapsed() < PATIENCE, "it does not become quiet\n{self:?}");
+            assert!(
+                start.elapsed() < PATIENCE,
+                "it does not become quiet: {before:?}, and {QUIET:?} later {now:?}\n{self:?}"
+            );
             before = now;
         }
         if self.setup.measured
