@@ -6,12 +6,11 @@ use std::io;
 use std::pin::Pin;
 use std::sync::{Arc, PoisonError};
 use std::task::{Context, Poll, Waker};
-use std::thread;
 
 use crate::device::catch::catch_panic;
 use crate::error::Error;
 use crate::sync::{Condvar, Mutex};
-use crate::sys::lock;
+use crate::sys::{lock, spawn_detached};
 
 type Work<T> = Box<dyn FnOnce() -> Result<T, Error> + Send>;
 
@@ -60,8 +59,7 @@ impl<T: Send + 'static> Background<T> {
             });
             shared.finish(result);
         };
-        let started = thread::Builder::new().name(self.name.to_owned()).spawn(body);
-        started.map(drop).map_err(Error::io(what))
+        spawn_detached(self.name, body).map_err(Error::io(what))
     }
 }
 

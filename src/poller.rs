@@ -21,7 +21,7 @@ use crate::limits::RINGS_PER_POLLER_MAX;
 use crate::mailbox::ready::ReadySet;
 use crate::policy::IdlePolicy;
 use crate::sync::{Mutex, Ordering, Overwrite};
-use crate::sys::lock;
+use crate::sys::{lock, spawn_detached};
 use sleepers::Sleepers;
 
 /// The part of a poller that its rings share.
@@ -156,21 +156,20 @@ impl PollerBuilder {
         }
         let shared = PollerShared::new();
         let (started, starting) = mpsc::sync_channel(1);
-        let thread = {
+        let body = {
             let shared = shared.clone();
-            thread::Builder::new()
-                .name(self.name.unwrap_or_else(|| "vmring-poller".to_owned()))
-                .spawn(move || {
-                    let pinned = self.cpu.map_or(Ok(()), pin_to);
-                    let go = pinned.is_ok();
-                    let _ = shared.thread.set(thread::current().id());
-                    let _ = started.send(pinned);
-                    if go {
-                        run(&shared, self.idle);
-                    }
-                })
+            move || {
+                let pinned = self.cpu.map_or(Ok(()), pin_to);
+                let go = pinned.is_ok();
+                let _ = shared.thread.set(thread::current().id());
+                let _ = started.send(pinned);
+                if go {
+                    run(&shared, self.idle);
+                }
+            }
         };
-        thread.map_err(Error::io("starting the poller's thread"))?;
+        let name = self.name.as_deref().unwrap_or("vmring-poller");
+        spawn_detached(name, body).map_err(Error::io("starting the poller's thread"))?;
         starting.recv().unwrap_or_else(|_| {
             Err(Error::Io {
                 what: "starting the poller's thread",

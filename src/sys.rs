@@ -1,6 +1,9 @@
 //! Small functions over the standard library and the system: locks, clocks, poll(2).
 
+use std::io;
 use std::os::fd::RawFd;
+use std::sync::mpsc;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::sync::{Mutex, MutexGuard};
@@ -36,7 +39,7 @@ pub(crate) fn pass_time(time: Duration) -> Instant {
 /// Blocks the calling thread for `time`. In a model it lets the other threads run instead.
 pub(crate) fn sleep(time: Duration) {
     #[cfg(not(loom))]
-    std::thread::sleep(time);
+    thread::sleep(time);
     #[cfg(loom)]
     {
         let _ = time;
@@ -50,6 +53,22 @@ pub(crate) fn after(delay: Duration) -> Instant {
     const CENTURY: Duration = Duration::from_secs(100 * 365 * 24 * 60 * 60);
     let now = now();
     now.checked_add(delay).unwrap_or_else(|| now + CENTURY)
+}
+
+/// Runs `body` on a thread of its own, for which nobody waits.
+///
+/// `body` begins when the thread is detached. If a thread ends while it is detached, glibc may free the
+/// memory of another thread (its bug 19951).
+pub(crate) fn spawn_detached(name: &str, body: impl FnOnce() + Send + 'static) -> io::Result<()> {
+    let (detached, is_detached) = mpsc::channel::<()>();
+    let thread = thread::Builder::new().name(name.to_owned()).spawn(move || {
+        // Nothing is ever sent. The end of the channel is the signal.
+        let _ = is_detached.recv();
+        body();
+    })?;
+    drop(thread);
+    drop(detached);
+    Ok(())
 }
 
 /// Returns an element for [`poll`] that asks whether `fd` is readable. With -1 the kernel ignores
@@ -82,7 +101,7 @@ pub(crate) fn block_sigpipe() {
 
 /// Makes reads and writes of `fd` wait.
 #[cfg(feature = "pcap")]
-pub(crate) fn set_blocking(fd: std::os::fd::BorrowedFd<'_>) -> std::io::Result<()> {
+pub(crate) fn set_blocking(fd: std::os::fd::BorrowedFd<'_>) -> io::Result<()> {
     use std::os::fd::AsRawFd;
 
     // SAFETY: F_GETFL takes no argument, and the borrow keeps the descriptor open.
@@ -90,7 +109,7 @@ pub(crate) fn set_blocking(fd: std::os::fd::BorrowedFd<'_>) -> std::io::Result<(
     let flags = if flags < 0 { flags } else { flags & !libc::O_NONBLOCK };
     // SAFETY: F_SETFL takes a number and no pointer, and the borrow keeps the descriptor open.
     if flags < 0 || unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFL, flags) } < 0 {
-        return Err(std::io::Error::last_os_error());
+        return Err(io::Error::last_os_error());
     }
     Ok(())
 }

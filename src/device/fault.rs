@@ -26,7 +26,7 @@ use crate::device::relay::{Relay, delegate_device};
 use crate::device::seam::{Device, Driver, Progress, Queue, QueueConfig, Wake};
 use crate::error::{Error, Status};
 use crate::sync::Mutex;
-use crate::sys::lock;
+use crate::sys::{lock, spawn_detached};
 
 /// What goes wrong, and how often.
 ///
@@ -217,11 +217,14 @@ fn faulty_wake(faults: &Faults, rng: Rng, wake: Wake) -> Wake {
         }
         match late {
             Some((p, delay)) if draw(p) => {
-                let wake = wake.clone();
-                thread::spawn(move || {
+                let late = wake.clone();
+                let wake_late = move || {
                     thread::sleep(delay);
+                    late.wake();
+                };
+                if spawn_detached("vmring-late", wake_late).is_err() {
                     wake.wake();
-                });
+                }
             }
             _ => wake.wake(),
         }
@@ -370,7 +373,7 @@ impl Held {
     fn start(engine: Engine, mut rng: Rng, wake: Wake) -> Self {
         let (to_thread, inbox) = mpsc::channel::<CompletedSlot>();
         let (outbox, from_thread) = mpsc::channel();
-        thread::spawn(move || {
+        let hold = move || {
             let mut held: Vec<(Instant, CompletedSlot)> = Vec::new();
             loop {
                 let next = held.iter().map(|(due, _)| *due).min();
@@ -399,7 +402,8 @@ impl Held {
                     wake.wake();
                 }
             }
-        });
+        };
+        spawn_detached("vmring-hold", hold).expect("a thread");
         Self { to_thread, from_thread, returned: Vec::new(), out: 0 }
     }
 

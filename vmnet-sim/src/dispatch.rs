@@ -6,10 +6,10 @@ use std::ffi::{CStr, c_char, c_void};
 use std::ptr;
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::thread;
 use std::time::Duration;
 
 use crate::objects::{self, Kind, Life, lock, violation};
+use crate::threads::spawn;
 
 pub(crate) struct Queue {
     label: String,
@@ -33,17 +33,14 @@ impl Queue {
         let mut jobs = lock(&self.jobs);
         let sender = jobs.get_or_insert_with(|| {
             let (sender, receiver) = channel::<Job>();
-            thread::Builder::new()
-                .name(self.label.clone())
-                .spawn(move || {
-                    // The loop ends when the queue, which owns the sender, is gone.
-                    for Job { run, queue } in receiver {
-                        CURRENT.set(Arc::as_ptr(&queue));
-                        run();
-                        CURRENT.set(ptr::null());
-                    }
-                })
-                .expect("a thread for a dispatch queue");
+            spawn(&self.label, move || {
+                // The loop ends when the queue, which owns the sender, is gone.
+                for Job { run, queue } in receiver {
+                    CURRENT.set(Arc::as_ptr(&queue));
+                    run();
+                    CURRENT.set(ptr::null());
+                }
+            });
             sender
         });
         let job = Job { run: Box::new(run), queue: self.clone() };
@@ -126,8 +123,7 @@ impl GivenQueue {
             run();
             drop(ended);
         });
-        let watcher = thread::Builder::new().name("vmnet-sim-watch".to_owned()).spawn(watch);
-        drop(watcher.expect("a thread"));
+        spawn("vmnet-sim-watch", watch);
     }
 
     /// Whether the calling thread runs a job of this queue.

@@ -2,7 +2,6 @@
 //! simulator only keeps the rules.
 
 use std::ffi::c_void;
-use std::thread;
 
 use libc::in_addr;
 
@@ -12,6 +11,7 @@ use crate::interface::{self, Interface};
 use crate::objects::{lock, violation};
 use crate::rules::{INET, Rule, address, address_len};
 use crate::status::{FAILURE, INVALID_ARGUMENT, SUCCESS};
+use crate::threads::spawn;
 use crate::xpc::{self, Handle, Object};
 
 impl Interface {
@@ -57,7 +57,7 @@ unsafe fn answer(interface: &Interface, handler: *const c_void, status: u32, old
     // SAFETY: guaranteed by the caller.
     let handler = unsafe { GivenBlock::new(handler, "the forwarding's handler", true) };
     interface.world().track(handler.life(), "the forwarding's handler");
-    thread::spawn(move || handler.call_status(status));
+    spawn("vmnet-sim-answer", move || handler.call_status(status));
     SUCCESS
 }
 
@@ -72,7 +72,7 @@ unsafe fn answer_rules(interface: &Interface, handler: *const c_void, family: u8
     // SAFETY: guaranteed by the caller.
     let handler = unsafe { GivenBlock::new(handler, "the rules' handler", true) };
     interface.world().track(handler.life(), "the rules' handler");
-    thread::spawn(move || {
+    spawn("vmnet-sim-answer", move || {
         // vmnet passes null instead of an empty list.
         let array = (!rules.is_empty()).then(|| Handle::new(Object::Array(rules)));
         handler.call_object(array.as_ref().map_or(std::ptr::null_mut(), Handle::as_raw));

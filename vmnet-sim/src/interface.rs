@@ -10,7 +10,6 @@ use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU8, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::thread;
 
 use macaddr::MacAddr6;
 use vmring_embedded::{Receiver, Sender};
@@ -95,10 +94,6 @@ pub(crate) unsafe fn borrow<'a>(interface: *const c_void, role: &str) -> &'a Arc
     }
     // SAFETY: guaranteed by the caller; a handle's box is never freed.
     unsafe { &*interface.cast::<Arc<Interface>>() }
-}
-
-fn spawn(name: &str, body: impl FnOnce() + Send + 'static) {
-    thread::Builder::new().name(name.to_owned()).spawn(body).expect("a thread");
 }
 
 impl Interface {

@@ -31,6 +31,7 @@ mod script;
 mod settings;
 mod status;
 mod symbols;
+mod threads;
 mod world;
 mod xpc;
 

@@ -2,11 +2,11 @@
 //! before any interface is on it.
 
 use std::ffi::{CString, c_void};
+use std::fmt;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::sync::mpsc::sync_channel;
 use std::time::Duration;
-use std::{fmt, thread};
 
 use dispatch2::DispatchQueue;
 use libc::{in_addr, in6_addr};
@@ -22,6 +22,7 @@ use super::permission;
 use super::xpc::{Dictionary, Owned};
 use crate::config::{Mode, PortForward};
 use crate::error::{ConfigError, Error, Status};
+use crate::sys::spawn_detached;
 
 /// A network object (macOS 26). Its addresses are reserved while it exists. Interfaces join it with
 /// [`Vmnet::network`](super::Vmnet::network), in this process or, through
@@ -187,21 +188,18 @@ impl VmnetNetworkBuilder {
             .map_err(|status| permission::error(status, &system))?;
         let (answer, answers) = sync_channel(1);
         // On a thread of its own, because the call may never return.
-        let creating = thread::Builder::new().name("vmring-network".to_owned());
         let mode = self.mode;
-        creating
-            .spawn(move || {
-                // Capture all of `configuration`, which is `Send`, instead of the raw pointer in
-                // it.
-                let configuration = configuration;
-                let mut status = SUCCESS;
-                // SAFETY: this thread owns the configuration, so it is not released during the
-                // call. `status` is a local variable of the declared type.
-                let network = unsafe { (api.create)(configuration.0, &mut status) };
-                // After the timeout nobody receives this. The network is dropped, which releases
-                // it.
-                let _ = answer.send(VmnetNetwork::adopt(api, network, status, mode));
-            })
+        let create = move || {
+            // Capture all of `configuration`, which is `Send`, instead of the raw pointer in it.
+            let configuration = configuration;
+            let mut status = SUCCESS;
+            // SAFETY: this thread owns the configuration, so it is not released during the call.
+            // `status` is a local variable of the declared type.
+            let network = unsafe { (api.create)(configuration.0, &mut status) };
+            // After the timeout nobody receives this. The network is dropped, which releases it.
+            let _ = answer.send(VmnetNetwork::adopt(api, network, status, mode));
+        };
+        spawn_detached("vmring-network", create)
             .map_err(Error::io("starting the thread that makes the network"))?;
         answers
             .recv_timeout(self.timeout)

@@ -1,11 +1,11 @@
 //! A started interface, from its start to the end of its stop.
 
+use std::fmt;
 use std::mem::forget;
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::sync::Arc;
 use std::sync::mpsc::{RecvTimeoutError, sync_channel};
 use std::time::Duration;
-use std::{fmt, thread};
 
 use block2::RcBlock;
 use dispatch2::{DispatchQueue, DispatchRetained};
@@ -26,7 +26,7 @@ use super::xpc::{Borrowed, Dictionary};
 use crate::config::Ipv4Range;
 use crate::error::{Error, Status};
 use crate::sync::Mutex;
-use crate::sys::lock;
+use crate::sys::{lock, spawn_detached};
 
 /// The properties that vmnet reports for an interface when it has started.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -324,13 +324,13 @@ impl Running {
         }
         // A waker called us from inside the event block. Waiting for that block here would never
         // end.
-        let stopping = thread::Builder::new().name("vmring-stop".to_owned());
-        let stopping = stopping.spawn(move || {
+        let stop = move || {
             if let Err(error) = self.stop_here(timeout) {
                 tracing::warn!(%error, "a vmnet interface did not stop cleanly");
             }
-        });
-        stopping.map(drop).map_err(Error::io("starting the thread that stops the interface"))
+        };
+        spawn_detached("vmring-stop", stop)
+            .map_err(Error::io("starting the thread that stops the interface"))
     }
 
     /// Stops the interface on this thread.

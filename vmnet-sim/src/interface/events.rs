@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use super::{EventTarget, Interface, ReceiveQueue, borrow, recycle, spawn};
+use super::{EventTarget, Interface, ReceiveQueue, borrow, recycle};
 use crate::blocks::GivenBlock;
 use crate::dispatch::GivenQueue;
 use crate::framing::{is_dhcp, parts, ticket};
@@ -15,6 +15,7 @@ use crate::limits::HEADER;
 use crate::objects::lock;
 use crate::script::Events;
 use crate::status::{INVALID_ARGUMENT, SETUP_INCOMPLETE, SUCCESS};
+use crate::threads::spawn;
 use crate::xpc::{Handle, Object};
 
 impl Interface {

@@ -11,7 +11,7 @@ use std::time::Duration;
 use macaddr::MacAddr6;
 use vmring_embedded::{AddressRange, NetworkConfig, NetworkMode, PortConfig};
 
-use super::{Interface, RUNNING, ReceiveQueue, STARTING, spawn};
+use super::{Interface, RUNNING, ReceiveQueue, STARTING};
 use crate::availability::require_key;
 use crate::blocks::GivenBlock;
 use crate::description::Request;
@@ -22,6 +22,7 @@ use crate::objects::lock;
 use crate::script::{Script, StartHandler};
 use crate::settings::Settings;
 use crate::status::{BRIDGED_MODE, FAILURE, HOST_MODE, INVALID_ARGUMENT, SUCCESS};
+use crate::threads::spawn;
 use crate::world::{Record, World};
 use crate::xpc::{self, Handle, Object};
 

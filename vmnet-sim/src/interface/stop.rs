@@ -4,11 +4,12 @@ use std::ffi::c_void;
 use std::sync::atomic::Ordering;
 use std::thread;
 
-use super::{Interface, STOPPED, borrow, spawn};
+use super::{Interface, STOPPED, borrow};
 use crate::blocks::GivenBlock;
 use crate::dispatch::{GivenQueue, QueueId};
 use crate::objects::{lock, violation};
 use crate::status::{INVALID_ARGUMENT, SUCCESS};
+use crate::threads::spawn;
 
 /// # Safety
 ///
