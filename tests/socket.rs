@@ -280,7 +280,7 @@ fn a_peer_that_does_nothing_holds_up_nothing() {
                 let ring = interface.ring(Direction::Both).drive(way.drive(poller));
                 let mut ring = ring.build().expect("a ring");
                 post(&mut ring, 0);
-                fill(&mut ring, 0);
+                fill(&mut ring, 0, |number| packet(number, 9000));
                 ring.cancel_and_wait(LONG).expect("a cancel ends");
                 ring.drain(LONG).expect("a drain ends");
                 ring.resume();
@@ -301,14 +301,14 @@ fn large(number: u64) -> Vec<u8> {
     packet(number, (LARGE as u64 - number % 7 * 1000) as usize)
 }
 
-/// Writes packets that are [`large`], numbered from `first` on, until the wire takes no more. Returns the
-/// number after the last one that it took.
-fn fill(ring: &mut Ring, first: u64) -> u64 {
+/// Writes packets, numbered from `first` on, until the wire takes no more. Returns the number after the last
+/// one that it took.
+fn fill(ring: &mut Ring, first: u64, packet: impl Fn(u64) -> Vec<u8>) -> u64 {
     let (mut taken, mut next, mut full) = (first, first, false);
     while !full {
         let mut writing = 0;
         while let Some(mut frame) = ring.alloc() {
-            frame.copy_from(&large(next)).expect("it fits");
+            frame.copy_from(&packet(next)).expect("it fits");
             if ring.submit_write(frame, next).is_err() {
                 break;
             }
@@ -332,14 +332,14 @@ fn fill(ring: &mut Ring, first: u64) -> u64 {
 /// Fills a stream until a frame has gone in part. Returns the numbers of the next frame that comes out,
 /// and of the one after the last that is in it.
 fn fill_in_part(interface: &Interface, ring: &mut Ring, peer: &mut UnixStream) -> [u64; 2] {
-    let (mut read, mut taken) = (0, fill(ring, 0));
+    let (mut read, mut taken) = (0, fill(ring, 0, large));
     while count(interface, "partial writes") == 0 {
         // It became full between two frames.
         for _ in 0..2 {
             assert!(read_framed(peer).is_some_and(|frame| frame == large(read)));
             read += 1;
         }
-        taken = fill(ring, taken);
+        taken = fill(ring, taken, large);
     }
     [read, taken]
 }
@@ -400,7 +400,7 @@ fn a_stuck_peer_holds_up_nobody_else() {
         let poller = Poller::start().expect("a poller");
         let drive = || Drive::Shared(&poller);
         let (_stuck, mut stuck, _peer) = large_stream(Direction::Both, drive());
-        fill(&mut stuck, 0);
+        fill(&mut stuck, 0, large);
         let pair = Wire::Stream.pair().map(start);
         let mut rings = pair.each_ref().map(|interface| {
             interface.ring(Direction::Both).drive(drive()).build().expect("a ring")
