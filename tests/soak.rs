@@ -20,6 +20,8 @@ mod netns;
 mod support;
 
 use std::fmt;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -32,6 +34,7 @@ use churn::setup::{FaultPlan, Identified, Setup, Under, new_interface_id};
 use churn::world::{Tally, World, new_prefix};
 use churn::{is_on_purpose, lock};
 use support::Dice;
+use vmring::Socket;
 
 /// Threads that work on one world.
 const WORKERS: u64 = 3;
@@ -152,6 +155,7 @@ const DEVICES: &[(&str, bool, Round)] = &[
     ("loopback", false, loopback),
     ("embedded", false, embedded),
     ("nasty", false, nasty),
+    ("wire", false, wire),
     #[cfg(not(target_os = "macos"))]
     (SIMULATED, false, vmnet),
     #[cfg(target_os = "linux")]
@@ -413,6 +417,26 @@ fn nasty(dice: &mut Dice) -> (Setup, Drivers) {
         }
     };
     (setup(dice, Under::Nasty(script)), of_the_setup())
+}
+
+/// Two interfaces that are each other's peers.
+fn wire(dice: &mut Dice) -> (Setup, Drivers) {
+    let is_stream = dice.below(2) == 0;
+    let drivers: Drivers = Box::new(move |setup, _, _| {
+        let ends = if is_stream {
+            UnixStream::pair().map(|(a, b)| [OwnedFd::from(a), OwnedFd::from(b)])
+        } else {
+            UnixDatagram::pair().map(|(a, b)| [OwnedFd::from(a), OwnedFd::from(b)])
+        };
+        let mut drivers = Vec::new();
+        for (i, end) in ends.expect("a pair of sockets").into_iter().enumerate() {
+            let socket = if is_stream { Socket::stream() } else { Socket::datagram() };
+            let inner = Box::new(socket.from_fd(end));
+            drivers.push((new_interface_id(), setup.wrap(i, inner)));
+        }
+        (drivers, Box::new(|| ()))
+    });
+    (setup(dice, Under::Other), drivers)
 }
 
 #[cfg(not(target_os = "macos"))]
