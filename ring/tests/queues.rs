@@ -1365,6 +1365,44 @@ fn a_full_class_leaves_space_for_the_others() {
     assert_eq!(sq_consumer.ready(), 3);
 }
 
+/// Goal: a credit comes back to the class that it was taken from, also that of a cancel of everything, which
+/// has a number of its own. Method: rounds of one entry of a class, each until no credit is left.
+#[test]
+fn a_credit_comes_back_to_its_class() {
+    let pool = pool(1);
+    let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
+        rings(Depths::new(1, 1, 1), regions(&pool), 0);
+    let classes = [Class::Read, Class::Write, Class::Cancel];
+    let available = |sq_producer: &SqProducer| classes.map(|class| sq_producer.available(class));
+    for round in 0..3 {
+        for all in [true, false] {
+            sq_producer.push_cancel((!all).then_some(7), round).expect("it has come back");
+            assert_eq!(available(&sq_producer), [1, 1, 0]);
+            sq_producer.publish();
+            sq_consumer.ready();
+            assert!(sq_consumer.pop().is_some());
+            cq_producer.push_cancel(all, 0, round);
+            cq_producer.publish();
+            cq_consumer.ready();
+            assert!(cq_consumer.pop().is_some());
+            assert_eq!(available(&sq_producer), [1; 3]);
+        }
+        for (class, left) in [(Class::Read, [0, 1, 1]), (Class::Write, [1, 0, 1])] {
+            sq_producer.push(class, pool.alloc().unwrap(), round).expect("it has come back");
+            assert_eq!(available(&sq_producer), left);
+            sq_producer.publish();
+            sq_consumer.ready();
+            let (buffer, _) = sq_consumer.front().expect("it was published").take();
+            sq_consumer.retire();
+            cq_producer.push(class, buffer, round, Outcome::Done);
+            cq_producer.publish();
+            cq_consumer.ready();
+            drop(cq_consumer.pop().expect("it is done"));
+            assert_eq!(available(&sq_producer), [1; 3]);
+        }
+    }
+}
+
 /// A cancel carries no frame. If one came through `push`, its credit would be returned to another
 /// class.
 #[test]
@@ -1953,6 +1991,45 @@ fn pairs_move_as_far_as_there_are_entries() {
             assert_eq!(pool.slots_out(), 0);
         }
     }
+}
+
+/// Goal: a pair moves only if its packet was passed, and a packet is not passed to a read that has no space for
+/// it.
+#[test]
+fn a_pair_whose_packet_is_not_passed_stays() {
+    let pool = pool(2);
+    for is_short in [false, true] {
+        let (sq_producer, mut cq_consumer, mut sq_consumer, mut cq_producer) =
+            rings(Depths::new(1, 1, 1), regions(&pool), 0);
+        let mut write = pool.alloc().expect("a free slot");
+        write.copy_from(&[7; CAPACITY]).expect("it fits");
+        let mut read = pool.alloc().expect("a free slot");
+        if is_short {
+            read.set_len(1).expect("there is space for a byte");
+            read.trim_front(1).expect("there is a byte");
+        }
+        sq_producer.push(Class::Write, write, 0).expect("a credit");
+        sq_producer.push(Class::Read, read, 1).expect("a credit");
+        sq_producer.publish();
+        sq_consumer.ready();
+        let mut end = |is_passed: bool| {
+            let mut calls = 0;
+            let ended = sq_consumer.end_pairs(&mut cq_producer, 9, |packet, space| {
+                calls += 1;
+                space.copy_from_slice(packet);
+                is_passed
+            });
+            (ended, calls)
+        };
+        let expected = if is_short { [(0, 0), (0, 0)] } else { [(0, 1), (1, 1)] };
+        assert_eq!([end(false), end(true)], expected);
+        cq_producer.publish();
+        assert_eq!(cq_consumer.ready(), if is_short { 0 } else { 2 });
+        let done: Vec<_> = std::iter::from_fn(|| cq_consumer.pop()).collect();
+        let received = done.last().and_then(|done| done.frame.as_deref());
+        assert_eq!(received, (!is_short).then_some(&[7; CAPACITY][..]));
+    }
+    assert_eq!(pool.slots_out(), 0);
 }
 
 /// Goal: a run of completions takes no more than its number, and no packet that its frame has no bytes for.
