@@ -1,4 +1,4 @@
-//! Small functions over the standard library and the system: locks, clocks, poll(2).
+//! Small functions over the standard library and the system: locks, clocks, threads, poll(2).
 
 use std::io;
 use std::os::fd::RawFd;

@@ -344,9 +344,9 @@ fn part(connection: &Connection) {
 pub(super) struct Handle {
     link: Arc<Link>,
     current: Option<Arc<Connection>>,
-    /// The connection before, until there is another one. While it is open, the system gives its
-    /// descriptor to no other. Otherwise the next connection could have it, and who sleeps on a
-    /// descriptor could not see that it is another file.
+    /// The connection before, until there is another one. While it is open, the system gives the number
+    /// of its descriptor to no other. Otherwise the next connection could have this number, and a poller
+    /// takes an equal number for the same file.
     last: Option<Arc<Connection>>,
     listener: Option<Arc<OwnedFd>>,
     /// Whether the link waits for a time, and not for its listener.

@@ -29,8 +29,8 @@ impl Watch {
         if self.set.as_ref().is_some_and(is_watched) {
             return;
         }
-        // The old set is closed after the new one is open. Otherwise both could have the same
-        // descriptor, and who sleeps on it could not see that it is another set.
+        // The old set is closed after the new one is open. Otherwise the new one could have the old
+        // one's number, and a poller takes an equal number for the same file.
         let new = watch(socket.as_raw_fd(), reads);
         self.set = match new {
             Ok(queue) => Some(Set { queue, connection, reads }),
