@@ -47,7 +47,7 @@ impl End {
 pub(super) struct Connection {
     /// It tells the connections of a link apart.
     pub(super) number: u64,
-    pub(super) socket: OwnedFd,
+    pub(super) socket: Arc<OwnedFd>,
     /// What was received and not delivered. Unused by sockets of messages.
     pub(super) received: Mutex<Received>,
     /// What is left of the last payload that was sent. Unused by sockets of messages.
@@ -226,7 +226,7 @@ impl Link {
         let number = self.counters.peers.fetch_add(1, Ordering::Relaxed);
         Arc::new(Connection {
             number,
-            socket,
+            socket: Arc::new(socket),
             received: Mutex::new(Received::new(self.parser.clone())),
             unsent: Mutex::default(),
             takes_no_more: AtomicBool::new(false),
@@ -344,10 +344,10 @@ fn part(connection: &Connection) {
 pub(super) struct Handle {
     link: Arc<Link>,
     current: Option<Arc<Connection>>,
-    /// The connection before, until there is another one. While it is open, the system gives the number
-    /// of its descriptor to no other. Otherwise the next connection could have this number, and a poller
-    /// takes an equal number for the same file.
-    last: Option<Arc<Connection>>,
+    /// The socket of the connection before, until there is another one. While it is open, the system gives
+    /// the number of its descriptor to no other. Otherwise the next connection could have this number, and
+    /// a poller takes an equal number for the same file.
+    last: Option<Arc<OwnedFd>>,
     listener: Option<Arc<OwnedFd>>,
     /// Whether the link waits for a time, and not for its listener.
     is_paused: bool,
@@ -405,7 +405,7 @@ impl Handle {
 
     fn forget_current(&mut self) {
         if let Some(connection) = self.current.take() {
-            self.last = Some(connection);
+            self.last = Some(connection.socket.clone());
         }
     }
 
